@@ -1,50 +1,35 @@
 """DiffuseVAE in one file: a VAE drafts, a diffusion model refines.
 
 Pandey, Mukherjee, Rai, Kumar: "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation
-from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. An independent implementation to be read
-beside the paper; it is not the authors' code. NOTES.md derives every formula used here.
+from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. To be read beside the paper; this is an
+independent implementation, not the authors' code. NOTES.md derives every formula used here.
 
-    z ~ N(0, I) --> VAE decoder --> x_hat, a blurry draft --+
-                                                            v (concatenated on the channel axis)
-    y_T ~ N(0, I) ----> U-Net, T reverse diffusion steps: y_T -> ... -> y_0 = x_0, a sharp image
+    z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
+                                                               v  (as extra input channels)
+    y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
 
-    z has a few dozen numbers, can be edited and interpolated, and fixes the layout; the diffusion
-    model (DDPM) only paints the detail that the draft lacks, so few of its steps are enough.
+z is a few dozen numbers that can be edited and interpolated, and it fixes the layout; the diffusion
+model (DDPM) paints the detail that the draft lacks, and few of its steps are enough for that.
 
-Two stages, then images (the defaults: 32x32 coloured shapes that the file draws itself):
-
-    python diffusevae.py train --stage 1             # the VAE             -> runs/shapes/stage1.pt
-    python diffusevae.py train --stage 2             # the DDPM, on x_hat  -> stage2-form1.pt
-    python diffusevae.py sample                      # drafts above refined images -> PNG
-    python diffusevae.py train --stage 2 --form uncond           # the baseline: a DDPM without x_hat
-    python diffusevae.py train --stage 1 --preset cifar10        # the paper's scale, on a GPU
+    python diffusevae.py train --stage 1                    # the VAE: runs/shapes/stage1.pt
+    python diffusevae.py train --stage 2                    # the DDPM on its drafts
+    python diffusevae.py sample                             # drafts above refined images, as a PNG
+    python diffusevae.py train --stage 2 --form uncond      # the baseline, a DDPM without drafts
+    python diffusevae.py train --stage 1 --preset cifar10   # the paper's scale, for a GPU
 
 @ATTAINS@
 
-Sections, in the paper's order:
+    1 DATA       2 VAE        3 DIFFUSION   4 U-NET          5 THE TWO-STAGE MODEL
+    6 SETTINGS   7 TRAINING   8 SAMPLING    9 COMMAND LINE
 
-    1 DATA        2 VAE        3 DIFFUSION        4 U-NET        5 THE TWO-STAGE MODEL
-    6 SETTINGS    7 TRAINING   8 SAMPLING         9 COMMAND LINE
-
-Sections 2 to 5 are the method: tensors in, tensors out; no files, arguments or devices in them.
+Sections 2 to 5 are the method: tensors in, tensors out; no files, arguments or devices.
 """
-
-import argparse
-import copy
-import csv
-import hashlib
-import io
-import json
-import math
-import os
-import re
-import sys
-import time
+import argparse, copy, hashlib, io, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -54,56 +39,42 @@ from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
-
 class UserError(Exception):
-    """Something the user can put right: `main` prints it as one line and returns 2."""
-
+    """What the user can put right: `main` prints it as one line and returns exit code 2."""
 
 def generator(*key):
-    """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17).
-
-    This is the file's one rule of randomness: whatever is random in training step s comes from
-    generator(seed, 'step', s). So runs repeat, and resuming needs no generator state.
-    """
+    """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
+    # The file's one rule of randomness: all that is random in training step s is a function of
+    # (seed, s). So runs repeat, and a resumed run needs no generator state.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
-
 # ==================================================================================================
 # 1. DATA
-#
-#    Every data set becomes `Images`: uint8 pixels, served as floats in [0, 1] (the VAE's range;
-#    the diffusion model's is [-1, 1], converted where it is used), and labels by name.
-#    Held-out images (a test split, 5% of a folder, another seed) never enter training.
-# ==================================================================================================
-
+#    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
+#    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
 
 def draw_shapes(n, generator, size=32):
-    """Draw n images of a striped shape on a plain ground: uint8 [n, 3, size, size] and the factors.
-
-    The factors (kind, hue, ground, x, y, size: a dict of [n]) are what a VAE can learn. The stripes,
-    3.5 pixels wide with a random angle and phase, are the detail that it blurs and a DDPM restores.
-    """
+    """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
+    # The factors are what a VAE can learn; the stripes, 3.5 pixels a period at a random angle and
+    # phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
-    kind = (4 * u[0]).long()
-    center_x, center_y, radius = 0.38 + 0.24 * u[1], 0.38 + 0.24 * u[2], 0.24 + 0.12 * u[3]
-    hue, ground, angle, phase = u[4], u[5], math.pi * u[6], 2 * math.pi * u[7]
-
-    pixel = (torch.arange(size) + 0.5) / size  # pixel centres; the image is the unit square
-    x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size], [n, size, 1]
-    # Distances to the outline, negative inside, one for each kind of shape.
-    circle = (x**2 + y**2).sqrt() - radius
-    square = torch.maximum(x.abs(), y.abs()) - 0.85 * radius
-    triangle = torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.6 * radius
+    kind, hue, ground = (4 * u[0]).long(), u[1], u[2]
+    center_x, center_y, radius = 0.38 + 0.24 * u[3], 0.38 + 0.24 * u[4], 0.24 + 0.12 * u[5]
+    angle, phase = math.pi * u[6], 2 * math.pi * u[7]
+    pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
+    x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
+    # Distance to the outline, negative inside, of a circle, square, triangle and cross.
     bars = [torch.maximum(a.abs() - radius, b.abs() - 0.35 * radius) for a, b in ((x, y), (y, x))]
-    cross = torch.minimum(*bars)
-    distance = torch.stack([circle, square, triangle, cross])[kind.flatten(), torch.arange(n)]
-    inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], edges antialiased
-
+    distance = torch.stack([(x**2 + y**2).sqrt() - radius,
+                            torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
+                            torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.6 * radius,
+                            torch.minimum(*bars)])[kind.flatten(), torch.arange(n)]
+    inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
     stripes = torch.sin(2 * math.pi / 3.5 * size * (x * angle.cos() + y * angle.sin()) + phase)
 
-    def colour(hue, saturation, value):  # HSV -> RGB, [n, 1, 1] -> [n, 3, 1, 1]
-        k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6  # [n, 1, 3]
+    def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
+        k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
         rgb = value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
         return rearrange(rgb, 'n one c -> n c one 1')
 
@@ -112,199 +83,146 @@ def draw_shapes(n, generator, size=32):
     factors = dict(kind=kind, hue=hue, ground=ground, x=center_x, y=center_y, size=radius)
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
 
-
-class Files:
-    """Image files read when asked for: `files[indices]` is uint8 [B, 3, size, size].
-
-    `open_image(i)` returns a PIL image. What cannot be read is named in a warning, and in a batch
-    the next readable image takes its place.
-    """
-
-    def __init__(self, names, open_image, fit):
-        self.names, self.open_image, self.fit = names, open_image, fit
-        self.pool = ThreadPoolExecutor(os.cpu_count())  # PIL decodes outside Python's lock
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, i):
-        """Image i as uint8 [3, size, size], or None with a warning."""
-        try:
-            with self.open_image(i) as image:
-                if image.mode.startswith('I;16'):  # 16 bits: keep the upper 8, `convert` would clip
-                    image = image.point(lambda v: v / 256, 'L')
-                return pil_to_tensor(self.fit(ImageOps.exif_transpose(image).convert('RGB')))
-        except Exception as error:  # PIL's decoders raise nearly anything on a broken file
-            print(f'warning: skipped {self.names[i]}: {error}', file=sys.stderr)
-
-    def read_next(self, i):
-        """Image i, or the first readable one after it."""
-        for j in range(len(self)):
-            image = self.read((int(i) + j) % len(self))
-            if image is not None:
-                return image
-        raise UserError(f'none of the {len(self)} image files can be read')
-
-    def __getitem__(self, indices):
-        return torch.stack(list(self.pool.map(self.read_next, indices)))
-
-    def in_memory(self):
-        """All readable images: uint8 [N, 3, size, size]."""
-        images = [image for image in self.pool.map(self.read, range(len(self))) if image is not None]
-        if not images:
-            raise UserError(f'none of the {len(self)} image files can be read')
-        return torch.stack(images)
-
-
 class Images:
-    """A data set: `images.batch(indices)` is float [B, C, H, W] in [0, 1]; `labels[name]` is [N].
+    """A data set: `batch(indices)` is float [B, C, H, W] in [0, 1], `labels[name]` is [N].
 
-    `pixels` is a uint8 tensor [N, C, H, W] or `Files`; both are indexed in the same way.
+    `pixels`: a uint8 tensor, or names of files that `open_image(i)` opens as PIL images. Files are
+    kept in memory if they fit in 1 GB, else read when asked for.
     """
-
-    def __init__(self, pixels, labels=None):
-        self.pixels, self.labels = pixels, labels or {}
+    def __init__(self, pixels, labels=None, open_image=None):
+        self.pixels, self.labels, self.open_image = pixels, labels or {}, open_image
+        self.unreadable, self.pool = set(), ThreadPoolExecutor(os.cpu_count())
+        if open_image and self.read(0).numel() * len(pixels) <= 1e9:
+            images = torch.stack(list(self.pool.map(self.read, range(len(pixels)))))
+            good = [i for i in range(len(pixels)) if i not in self.unreadable]
+            self.pixels, self.open_image = images[good], None
+            self.labels = {name: label[good] for name, label in self.labels.items()}
 
     def __len__(self):
         return len(self.pixels)
 
+    def read(self, i):
+        """File i as uint8 [3, H, W]; if it is unreadable, a warning and the next one."""
+        for k in [*range(int(i), len(self)), *range(int(i))]:
+            try:
+                return pil_to_tensor(self.open_image(k).convert('RGB'))
+            except Exception as error:  # PIL's decoders raise nearly anything on a broken file
+                if k not in self.unreadable:
+                    print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
+                self.unreadable.add(k)
+        raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
+
     def batch(self, indices):
+        if self.open_image:  # PIL decodes outside Python's lock, so threads help
+            return torch.stack(list(self.pool.map(self.read, indices))).float() / 255
         return self.pixels[indices].float() / 255
 
-
-IN_MEMORY = 1e9  # bytes; larger sets of files are read batch by batch
-DIGITS = ('mnist', 'fashion')  # 28x28 and grey: padded to 32x32 here, cropped back in pictures
-WHAT_TO_PUT = {  # where torchvision looks below --root
-    'mnist': 'MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
-    'fashion': 'FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
-    'cifar10': 'cifar-10-batches-py/{data_batch_1..5,test_batch}',
-    'celeba': 'celeba/img_align_celeba/*.jpg, with list_attr_celeba.txt and the other lists',
-}
-
+GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
+WHAT_TO_PUT = dict(  # below --root
+    mnist='MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
+    fashion='FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
+    cifar10='cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}',
+    celeba='celeba/img_align_celeba/*.jpg and celeba/*.txt')
 
 def load_images(data, root='data', size=32, train=True):
-    """The training or the held-out part of a data set by name, or of a folder of images by path.
-
-    Raises UserError for what is unknown, missing, empty, or has another size.
-    """
+    """The training or held-out `Images` of a data set's name or a folder's path, or a UserError."""
     if data == 'shapes':
         return Images(*draw_shapes(20_000 if train else 2_000, generator('shapes', train), size))
-    if data in WHAT_TO_PUT:
-        return load_torchvision(data, root, size, train)
-    if not Path(data).is_dir():
-        raise UserError(f'--data {data}: no such folder; choose a folder of images or one of '
-                        f'shapes, {", ".join(WHAT_TO_PUT)}')
-    endings = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
-    paths = [p for p in Path(data).rglob('*') if p.suffix.lower() in endings]
-    # Held out: the 5% of names whose hash is smallest, so that the choice outlives renamed parents
-    # and added files; at least one image.
-    hashed = {p: hashlib.sha256(p.relative_to(data).as_posix().encode()).digest() for p in paths}
-    paths = sorted(paths, key=hashed.get)
-    held_out = max(1, sum(hashed[p][0] < 256 / 20 for p in paths))
-    if len(paths) <= held_out:
-        raise UserError(f'--data {data}: {len(paths)} image files found, at least 2 are needed '
-                        f'({" ".join(sorted(endings))})')
-    paths = paths[held_out:] if train else paths[:held_out]
-    files = Files(paths, lambda i: Image.open(paths[i]),
-                  lambda image: ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS))
-    return Images(files.in_memory() if len(files) * 3 * size**2 <= IN_MEMORY else files)
-
-
-def load_torchvision(data, root, size, train):
-    """MNIST, Fashion-MNIST, CIFAR-10 or CelebA, downloaded to `root` where torchvision can."""
+    if data not in WHAT_TO_PUT:
+        return load_folder(data, size, train)
     try:
         if data == 'celeba':
-            celeba = datasets.CelebA(root, 'train' if train else 'test', download=True)
+            found = datasets.CelebA(root, 'train' if train else 'test', download=True)
         else:
-            kind = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST,
-                        cifar10=datasets.CIFAR10)[data]
-            images = kind(root, train, download=True)
+            found = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST,
+                         cifar10=datasets.CIFAR10)[data](root, train, download=True)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--data {data}: not under --root {root} and not to be downloaded; put '
-                        f'there {WHAT_TO_PUT[data]} ({str(error).splitlines()[0]})') from error
-    if data == 'celeba':
-        # The authors squeeze 178x218 straight to a square, without a crop.
-        files = Files(celeba.filename, lambda i: celeba[i][0], lambda im: im.resize((size, size)))
-        labels = {name: celeba.attr[:, i] for i, name in enumerate(celeba.attr_names) if name}
-        small = len(files) * 3 * size**2 <= IN_MEMORY
-        return Images(files.in_memory() if small else files, labels)
+        raise UserError(f'--data {data}: not under --root {root}, and the download failed '
+                        f'({str(error).splitlines()[0]}); put {WHAT_TO_PUT[data]} there') from error
+    if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
+        labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
+        return Images(found.filename, labels, lambda i: found[i][0].resize((size, size)))
     if size != 32:
         raise UserError(f'--size {size}: the images of --data {data} are 32x32')
-    labels = torch.as_tensor(images.targets)
-    if data == 'cifar10':
-        return Images(rearrange(torch.from_numpy(images.data), 'n y x c -> n c y x'),
-                      dict(label=labels))
-    pixels = F.pad(images.data[:, None], (2, 2, 2, 2))  # [N, 1, 32, 32]
-    return Images(pixels, dict(digit=labels) if data == 'mnist' else dict(label=labels))
+    labels = {'digit' if data == 'mnist' else 'class': torch.as_tensor(found.targets)}
+    if data in GREY:
+        return Images(F.pad(found.data[:, None], (2, 2, 2, 2)), labels)  # [N, 1, 32, 32]
+    return Images(rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x'), labels)
 
+def load_folder(folder, size, train):
+    """The training or held-out images of a folder, centre-cropped and resized."""
+    if not Path(folder).is_dir():
+        raise UserError(f'--data {folder}: no folder, and none of shapes, {", ".join(WHAT_TO_PUT)}')
+    endings = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
+    paths = [path for path in Path(folder).rglob('*') if path.suffix.lower() in endings]
+    # Held out are the names that hash to the lowest 5%, or the lowest one: added files and a
+    # renamed folder don't change the choice.
+    name = lambda path: path.relative_to(folder).as_posix().encode()
+    place = {path: int(hashlib.sha256(name(path)).hexdigest(), 16) / 2**256 for path in paths}
+    paths.sort(key=place.get)
+    split = max(1, sum(place[path] < 0.05 for path in paths))
+    if len(paths) <= split:
+        raise UserError(f'--data {folder}: {len(paths)} images, 2 are needed ({" ".join(endings)})')
+    paths = paths[split:] if train else paths[:split]
+
+    def open_image(i):
+        with Image.open(paths[i]) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith('I'):  # 16 bits: keep the upper 8, `convert` would clip
+                image = image.convert('I').point(lambda v: v / 256).convert('L')
+            return ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.LANCZOS)
+
+    return Images(paths, None, open_image)
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
-    """The order in which one epoch visits n images: [n]."""
+    """The order in which an epoch visits n images: [n]."""
     return torch.randperm(n, generator=generator(seed, 'epoch', epoch))
 
-
 def batch_indices(n, batch, seed, step):
-    """Which images training step `step` sees: [batch], out of an endless row of shuffled epochs."""
+    """The images of training step `step`: [batch], from an endless row of shuffled epochs."""
     places = range(step * batch, (step + 1) * batch)
     return torch.stack([epoch_order(n, seed, p // n)[p % n] for p in places])
 
-
 # ==================================================================================================
 # 2. VAE: the generator of drafts
-#
-#    prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
-#    Stage 1 maximises the first line of the bound that the whole method rests on,
-#
-#    log p(x) >= E_q(z|x) log p(x|z) - KL( q(z|x) || p(z) )                               (VAE term)
-#              + E_q(z|x) E_q(x_1:T|x_0,x_hat) log p(x_0:T|x_hat) / q(x_1:T|x_0,x_hat)   (DDPM term)
-# ==================================================================================================
-
+#    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
+#    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
+#    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
+#              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
 
 def reparameterize(mu, logvar, eps):
-    """Draw z ~ N(mu, sigma^2) as a differentiable function of mu and logvar = log sigma^2.
-
-    Shapes: all [B, z_dim]; the caller draws eps ~ N(0, I).
-    """
-    # z = mu + sigma * eps,  sigma = exp(logvar / 2)
+    """z ~ N(mu, sigma^2) as a differentiable function of mu and logvar = log sigma^2: [B, z_dim]."""
+    # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
     # The randomness sits in eps, which has no parameters; so dz/dmu = 1 and dz/dsigma = eps exist,
     # and the expectation over q(z|x) can be differentiated through its samples.
     return mu + torch.exp(logvar / 2) * eps
 
-
 def kl_divergence(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, I) ) of every example, in nats: [B, z_dim] -> [B]."""
+    """KL( N(mu, sigma^2) || N(0, I) ) of every example in nats: [B, z_dim] -> [B]."""
     # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
     # E_q[log q - log p] needs only E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1.
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
-
 def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
-    """The loss of stage 1, averaged over the batch: (loss, squared error, KL), three scalars.
-
-    Shapes: x and x_hat [B, C, H, W] in [0, 1], mu and logvar [B, z_dim]. alpha weighs the KL.
-    """
+    """Loss of stage 1, mean over the batch: (loss, squared error, KL); x, x_hat [B, C, H, W]."""
     # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) ), both summed over dimensions.
     # A Gaussian decoder N(x_hat, sigma_x^2 I) has -log p(x|z) = ||x - x_hat||^2 / (2 sigma_x^2)
-    # + const. Times alpha := 2 sigma_x^2 its negative ELBO is this loss: alpha = 1 is the exact
-    # bound for sigma_x^2 = 1/2, a smaller alpha the exact bound for a decoder of less variance.
+    # + const. Times alpha := 2 sigma_x^2, its negative ELBO is this loss: alpha = 1 is the exact
+    # bound for sigma_x^2 = 1/2, a smaller alpha that of a decoder with less variance.
     squared_error = (x - x_hat).square().sum(dim=(1, 2, 3)).mean()
     kl = kl_divergence(mu, logvar).mean()
     return squared_error + alpha * kl, squared_error, kl
 
-
 class VAEBlock(nn.Module):
     """Residual bottleneck without normalisation: [B, width, R, R] -> the same shape."""
-
     def __init__(self, width, resolution):
         super().__init__()
-        k = 3 if resolution > 1 else 1
-        self.convs = nn.ModuleList([
-            nn.Conv2d(width, width // 2, 1),
-            nn.Conv2d(width // 2, width // 2, k, padding=k // 2),
-            nn.Conv2d(width // 2, width // 2, k, padding=k // 2),
-            nn.Conv2d(width // 2, width, 1),
-        ])
+        k, middle = 3 if resolution > 1 else 1, width // 2
+        self.convs = nn.ModuleList([nn.Conv2d(width, middle, 1),
+                                    nn.Conv2d(middle, middle, k, padding=k // 2),
+                                    nn.Conv2d(middle, middle, k, padding=k // 2),
+                                    nn.Conv2d(middle, width, 1)])
         for conv in self.convs:
             nn.init.zeros_(conv.bias)
 
@@ -314,22 +232,18 @@ class VAEBlock(nn.Module):
             r = conv(F.gelu(r))
         return h + r
 
-
 def backbone(layers, width):
-    """Build the authors' layer shorthand, e.g. '32x7,32d2,32t16'; width[R] = channels at R x R.
+    """Layers from the authors' shorthand, e.g. '32x7,32d2,32t16'; width[R] = channels at R x R.
 
     RxN: N blocks at resolution R.  RdF: one block, then average pooling by F.
     RuF: nearest upsampling by F.   RtS: bias-free 1x1 convolution from width[R] to width[S].
     """
     modules = []
     for layer in layers.split(','):
-        match = re.fullmatch(r'(\d+)([xdut])(\d+)', layer)
-        if not match:
+        if not re.fullmatch(r'\d+[xdut]\d+', layer):
             raise ValueError(f'layer {layer!r} is none of RxN, RdF, RuF, RtS')
-        resolution, kind, n = int(match[1]), match[2], int(match[3])
-        needed = {resolution, n} if kind == 't' else {resolution}
-        if not needed <= width.keys():
-            raise ValueError(f'layer {layer!r} needs the width at {max(needed - width.keys())}')
+        resolution, kind, n = re.split('([xdut])', layer)
+        resolution, n = int(resolution), int(n)
         if kind == 'x':
             modules += [VAEBlock(width[resolution], resolution) for _ in range(n)]
         elif kind == 'd':
@@ -340,14 +254,12 @@ def backbone(layers, width):
             modules += [nn.Conv2d(width[resolution], width[n], 1, bias=False)]
     return nn.Sequential(*modules)
 
-
 class VAE(nn.Module):
-    """The paper's VAE; `forward` is the loss of stage 1.
+    """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
 
-    `encoder` and `decoder` are layer strings (see `backbone`) from `size` down to 1 and back;
-    `width` maps resolutions to channels, and z_dim = width[1]. Images: [B, C, size, size] in [0, 1].
+    `encoder` and `decoder` are layer strings (see `backbone`) down to 1x1 and back up; z_dim is
+    width[1]. Raises ValueError or KeyError for strings that don't fit.
     """
-
     metrics = ('loss', 'squared_error', 'kl')
 
     def __init__(self, channels, size, encoder, decoder, width, alpha=1.0):
@@ -366,7 +278,7 @@ class VAE(nn.Module):
         return self.mu(h).flatten(1), self.logvar(h).flatten(1)
 
     def decode(self, z):
-        """The draft x_hat, mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
+        """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
         return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
 
     def noise(self, n, generator):
@@ -374,55 +286,43 @@ class VAE(nn.Module):
         return (torch.randn(n, self.z_dim, generator=generator),)
 
     def forward(self, x, eps):
-        """The negative ELBO of a batch, see `negative_elbo`."""
         mu, logvar = self.encode(x)
         x_hat = self.decode(reparameterize(mu, logvar, eps))
         return negative_elbo(x, x_hat, mu, logvar, self.alpha)
 
-
 # ==================================================================================================
-# 3. DIFFUSION: one implementation for Formulation 1, Formulation 2 and the baseline
-#
+# 3. DIFFUSION: one implementation for Formulation 1, Formulation 2 and the unconditional baseline
 #    Formulation 1:  q(x_t|x_0)        = N(sqrt(alpha_bar_t) x_0,         (1 - alpha_bar_t) I)
 #    Formulation 2:  q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
-#
-#    Change of variables: y_t := x_t - x_hat for t >= 1, and y_0 := x_0, turns every formula of
-#    Formulation 2 into Formulation 1's, the last step included (in Formulation 1 and the baseline
-#    y_t := x_t). So this section knows only y; section 5 decides what the network is shown.
-#    The proof is in NOTES.md, and the test `test_change_of_variables` checks it.
-#
-#    Every formula is written in alpha_bar = alpha_bar_t and alpha_bar_next, its value at the next,
-#    smaller time of the chain (t - 1, or further on a coarser grid; 1 after the last step). Indices
-#    run from 0 to T - 1: index t holds the paper's time t + 1.
-# ==================================================================================================
-
+#    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
+#    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
+#    baseline y_t := x_t.) So this section knows only y, and section 5 what the network is shown.
+#    All formulas are in alpha_bar, at the present time t, and alpha_bar_next, at the next smaller
+#    time of the chain: t - 1 in training, further on a sampler's coarser grid, 1 after its last
+#    step. In code t = 0 ... T - 1 stands for the paper's 1 ... T.
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
-    # float64: the product of 1000 factors, and 1 - alpha_bar near 0, would lose digits in float32.
+    # In float32, 1 - alpha_bar would lose four of its seven digits at the first steps.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
-
 def q_sample(y_0, alpha_bar, eps):
-    """Noise y_0 to time t at once; alpha_bar is a number or [B, 1, 1, 1], eps ~ N(0, I)."""
-    # q(y_t|y_0) = N(sqrt(alpha_bar) y_0, (1 - alpha_bar) I): t steps y <- sqrt(1 - beta) y +
-    # sqrt(beta) noise multiply y_0 by sqrt(alpha_bar), and a sum of Gaussians is Gaussian.
+    """Noise y_0 [B, C, H, W] to time t at once; alpha_bar is a number or [B, 1, 1, 1]."""
+    # q(y_t|y_0) = N(sqrt(alpha_bar) y_0, (1 - alpha_bar) I): the steps y <- sqrt(1 - beta) y
+    # + sqrt(beta) noise shrink y_0 by sqrt(alpha_bar) in all, and a sum of Gaussians is Gaussian.
     return alpha_bar**0.5 * y_0 + (1 - alpha_bar) ** 0.5 * eps
 
-
 def predict_x0(y_t, alpha_bar, eps):
-    """The clean image that y_t and its noise imply: `q_sample` solved for y_0 (= x_0)."""
+    """The clean image that y_t and its noise imply: `q_sample` solved for y_0 = x_0."""
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-    # An error in eps grows by sqrt(1/alpha_bar - 1): 157 at t = T. Hence the clip when sampling,
-    # and the network's last layer in float32.
+    # It multiplies an error of eps by sqrt(1 - alpha_bar) / sqrt(alpha_bar): 157 at t = T. Hence
+    # the clip when sampling, and a last layer in float32.
     return (y_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-
 
 def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     """Mean and variance of q(y_next|y_t, x_0), the step back if x_0 were known."""
-    # Bayes' rule for two Gaussians, q(y_t|y_next) = N(sqrt(1 - beta) y_next, beta I) and
-    # q(y_next|x_0). On the full grid beta = 1 - alpha_bar / alpha_bar_next is beta_t; on a
-    # coarser one it is the noise added between the two grid points.
+    # Bayes' rule with the Gaussians q(y_next|x_0) and q(y_t|y_next) = N(sqrt(1-beta) y_next, beta).
+    # On the full grid beta is beta_t, on a coarser one the noise between the two grid points.
     #   mean     = sqrt(alpha_bar_next) beta / (1 - alpha_bar) x_0
     #            + sqrt(1 - beta) (1 - alpha_bar_next) / (1 - alpha_bar) y_t
     #   variance = beta (1 - alpha_bar_next) / (1 - alpha_bar)
@@ -431,82 +331,71 @@ def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     c_t = (1 - beta) ** 0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)
     return c_0 * x_0 + c_t * y_t, beta * (1 - alpha_bar_next) / (1 - alpha_bar)
 
-
 def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='large'):
-    """Ancestral step: draw from the posterior with the predicted x_0; sigma 'small' or 'large'."""
-    # sigma^2 = the posterior's own variance ("small", right if x_0 were a single image) or beta
-    # ("large", right if x_0 were white noise of variance 1). After the last step, no noise.
+    """Ancestral step: a draw from the posterior with the predicted x_0; no noise at the end."""
+    # sigma^2: "small" is the posterior's variance, exact if x_0 could be one image only;
+    # "large" is beta, exact if x_0 were white noise of variance 1. The data are in between.
     mean, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
     if sigma == 'large':
         variance = 1 - alpha_bar / alpha_bar_next
     return mean if alpha_bar_next == 1 else mean + variance**0.5 * noise
 
-
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
-    """DDIM step: deterministic for eta = 0, the ancestral step with small variance for eta = 1."""
+    """DDIM step: deterministic for eta = 0, the ancestral step with "small" sigma for eta = 1."""
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
-    # has the same marginals q(y_next|x_0) for every sigma. eps is derived from the clipped x_0
-    # again: with the network's own eps, y_next would lie on no path from x_0.
+    # has the marginal q(y_next|x_0) whatever sigma is. eps is what y_t and the clipped x_0 imply,
+    # not the network's own: with that, y_next would not be a noisy version of this x_0.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
-    sigma = (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
-    sigma = eta * sigma**0.5
+    beta = 1 - alpha_bar / alpha_bar_next
+    sigma = eta * (beta * (1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
     direction = (1 - alpha_bar_next - sigma**2) ** 0.5 * eps
     return alpha_bar_next**0.5 * x_0 + direction + sigma * noise
 
-
 def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
-    """DPM-Solver++(2M) step (arXiv 2211.01095); previous = (x_0, alpha_bar) of the step before."""
-    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the sampling ODE has an exact solution but
-    # for the integral of x_0 over lambda; the last two x_0 extrapolate it to second order.
-    # The last step has lambda = infinity and returns x_0.
+    """DPM-Solver++(2M) step (arXiv 2211.01095); previous = (x_0, alpha_bar) one step earlier."""
+    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the deterministic sampler's ODE is solved
+    # exactly but for an integral of x_0 over lambda. Two values of x_0 give it to second order,
+    # the first step has one. After the last, lambda is infinite and y_next = x_0.
     if alpha_bar_next == 1:
         return x_0
     log_snr = lambda a: 0.5 * math.log(a / (1 - a))
     h = log_snr(alpha_bar_next) - log_snr(alpha_bar)
-    if previous is not None:
+    if previous:
         x_0_before, alpha_bar_before = previous
-        r = (log_snr(alpha_bar) - log_snr(alpha_bar_before)) / h
-        x_0 = x_0 + (x_0 - x_0_before) / (2 * r)
+        x_0 = x_0 + (x_0 - x_0_before) * h / (2 * (log_snr(alpha_bar) - log_snr(alpha_bar_before)))
     shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
     return shrink * y_t - alpha_bar_next**0.5 * math.expm1(-h) * x_0
 
-
 def time_grid(T, n, spacing='uniform'):
-    """n distinct time indices from high to low, 1 <= n <= T, spaced 'uniform' or 'quadratic'."""
-    if spacing == 'uniform' or n == 1:  # starts at T - 1; index 0 only if n = T
+    """n distinct times from high to low, 1 <= n <= T; 'quadratic' ones crowd near 0."""
+    if spacing == 'uniform' or n == 1:  # from T - 1 down to T/n - 1
         grid = [math.floor((i + 1) * T / n + 0.5) - 1 for i in range(n)]
-    else:  # denser near 0, up to 0.8 T; where rounding would merge steps, the next free index
-        grid = []
-        for i in range(n):
+    else:  # from 0.8 T down to 0; where rounding would merge two times, the next free one
+        grid = [0]
+        for i in range(1, n):
             wanted = round((i / (n - 1)) ** 2 * 0.8 * T)
-            grid.append(min(max(wanted, grid[-1] + 1 if grid else 0), T - n + i))
+            grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
     return grid[::-1]
 
-
 class Diffusion(nn.Module):
-    """The DDPM of y: training loss and samplers for any network eps_theta(y_t, t).
-
-    eps_theta takes y_t [B, C, H, W] and time indices t [B] and returns its estimate of the noise.
-    """
-
+    """DDPM of y: loss and samplers for any network eps_theta(y_t [B, C, H, W], t [B])."""
     def __init__(self, T=1000):
         super().__init__()
         alpha_bar = linear_schedule(T)
-        self.schedule = alpha_bar.tolist()  # Python floats are float64: for the samplers
+        self.schedule = alpha_bar.tolist()  # for the samplers: Python floats are float64
         self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)
 
     def loss(self, eps_theta, x_0, t, eps):
-        """||eps - eps_theta(y_t, t)||^2 averaged over the batch: the reweighted DDPM term."""
+        """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels: the reweighted DDPM term."""
         y_t = q_sample(x_0, rearrange(self.alpha_bar[t], 'b -> b 1 1 1'), eps)
         return F.mse_loss(eps_theta(y_t, t), eps)
 
     @torch.no_grad()
     def sample(self, eps_theta, y_T, noise, steps, sampler='ddim', spacing='quadratic', start=None,
                sigma='large', eta=0.0):
-        """Run the reverse chain from y_T [B, C, H, W] and return x_0 in [-1, 1].
+        """Run the reverse chain from y_T [B, C, H, W] to x_0 in [-1, 1] with `steps` network calls.
 
-        `noise()` draws N(0, I) that broadcasts to y_T's shape; `steps` network calls are made, on
-        times below `start` (default T: the whole chain).
+        `noise()` draws N(0, I) of (or broadcasting to) y_T's shape; `start` < T truncates the chain.
         """
         y, previous = y_T, None
         grid = time_grid(start or len(self.schedule), steps, spacing)
@@ -523,43 +412,33 @@ class Diffusion(nn.Module):
             previous = x_0, alpha_bar
         return y
 
-
 # ==================================================================================================
 # 4. U-NET: eps_theta
-#
-#    The DDPM network: residual blocks at falling, then rising resolution, a skip connection for
-#    every feature map on the way down, attention in the middle (and where asked for), and the time
-#    t added in every block. Zero-initialised last layers make every residual branch, and the
-#    output, exactly 0 at the start: training begins at the best constant guess.
-# ==================================================================================================
-
+#    Residual blocks at falling, then rising resolution; every feature map of the way down is
+#    concatenated on the way up; attention in the middle and where asked for; t in every block.
+#    The last layer of each branch, and of the network, starts at zero: the first output is 0.
 
 def time_embedding(t, width):
-    """Sinusoids of t: [B] -> [B, width], cosines first; t is the index 0 ... T - 1."""
-    # frequencies exp(-ln(10^4) i / (width/2)), i = 0 ... width/2 - 1: from 1 down to nearly 10^-4
+    """Sinusoids of t: [B] -> [B, width], cosines first."""
+    # cos(w_i t), sin(w_i t) with w_i = exp(-ln(10^4) i / (width/2)), i = 0 ... width/2 - 1
     i = torch.arange(width // 2, device=t.device)
-    frequency = torch.exp(-math.log(1e4) / (width // 2) * i)
-    angle = t[:, None] * frequency
+    angle = t[:, None] * torch.exp(-math.log(1e4) / (width // 2) * i)  # [B, width/2]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-
 def group_norm(channels):
-    """GroupNorm with 32 groups, or fewer, so that a group has at least 4 channels."""
-    # One channel a group would be instance norm, which wipes out the image's mean colour.
+    """GroupNorm with 32 groups, or as many fewer as leave 4 channels in a group."""
+    # A group of one channel (instance norm) would wipe out the mean colour of the image.
     groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
     return nn.GroupNorm(groups, channels)
 
-
-def zero_init(layer):
-    """Set all parameters of a layer to zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
-
+def zero_init(conv):
+    """The same convolution with all parameters zero."""
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 class ResBlock(nn.Module):
     """Residual block that sees the embedding of t (and z): [B, c_in, H, W] -> [B, c_out, H, W]."""
-
     def __init__(self, c_in, c_out, c_emb, dropout, scale_shift):
         super().__init__()
         self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -579,10 +458,8 @@ class ResBlock(nn.Module):
             r = self.norm2(r + e)
         return self.skip(h) + self.conv2(self.dropout(F.silu(r)))
 
-
 class Attention(nn.Module):
-    """Multi-head self-attention over the pixels of [B, C, H, W]; a residual branch."""
-
+    """Residual multi-head self-attention over the pixels of [B, C, H, W]."""
     def __init__(self, channels, heads):
         super().__init__()
         if channels % heads:
@@ -592,60 +469,52 @@ class Attention(nn.Module):
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, h):
-        q, k, v = rearrange(self.qkv(self.norm(h)), 'b (qkv n d) y x -> qkv b n (y x) d',
-                            qkv=3, n=self.heads)
+        q, k, v = rearrange(self.qkv(self.norm(h)), 'b (qkv heads d) y x -> qkv b heads (y x) d',
+                            qkv=3, heads=self.heads)
         a = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
-        return h + self.out(rearrange(a, 'b n (y x) d -> b (n d) y x', y=h.shape[2]))
-
+        return h + self.out(rearrange(a, 'b heads (y x) d -> b (heads d) y x', y=h.shape[2]))
 
 class Level(nn.Module):
-    """The modules of one resolution: blocks, what follows each (attention or nothing), resampling."""
-
+    """One resolution of the U-Net: blocks, attention (or nothing) after each, then resampling."""
     def __init__(self, blocks, attention, resample):
         super().__init__()
         self.blocks, self.attention = nn.ModuleList(blocks), nn.ModuleList(attention)
         self.resample = resample
 
-
 class UNet(nn.Module):
-    """eps_theta: (x [B, in_channels, size, size], t [B], z [B, z_dim]) -> [B, out_channels, ...].
+    """eps_theta: x [B, in_channels, size, size], t [B], z [B, z_dim] -> [B, out_channels, ...].
 
-    `multipliers` has one entry a level, `attention` names resolutions in pixels. With z_dim > 0 the
-    network also takes z. With bf16 all but the head runs under bfloat16 autocast; the output is
-    float32 in any case.
+    `multipliers` has one entry a level, `attention` names resolutions in pixels, z_dim = 0 takes no
+    z. With bf16 all but the head runs in bfloat16; the output is float32 in any case.
     """
-
     def __init__(self, in_channels, out_channels, size, channels, multipliers, blocks, attention=(),
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
-        if size % 2 ** (len(multipliers) - 1):
-            raise ValueError(f'{len(multipliers)} levels cannot halve {size} pixels')
+        last = len(multipliers) - 1
+        if size % 2**last:
+            raise ValueError(f'{last + 1} levels cannot halve {size} pixels {last} times')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        self.time_mlp = mlp(channels)
-        self.z_mlp = mlp(z_dim) if z_dim else None
         block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, dropout, z_dim > 0)
-        attend = lambda c, r: Attention(c, heads) if r in attention else nn.Identity()
-
+        attend = lambda c, size: Attention(c, heads) if size in attention else nn.Identity()
+        self.time_mlp, self.z_mlp = mlp(channels), mlp(z_dim) if z_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        last = len(multipliers) - 1
-        c, skips = channels, [channels]  # channels of h, and of every skip stored so far
-        for i, multiplier in enumerate(multipliers):
-            resolution, width = size >> i, multiplier * channels
+        c, skips = channels, [channels]  # channels of h, and of each feature map stored so far
+        for i, width in enumerate(m * channels for m in multipliers):
             inputs = [c] + [width] * (blocks - 1)
             halve = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else None
             self.down.append(Level([block(c_in, width) for c_in in inputs],
-                                   [attend(width, resolution) for _ in inputs], halve))
-            skips += [width] * (blocks + (i < last))
+                                   [attend(width, size >> i) for _ in inputs], halve))
+            skips += [width] * (len(inputs) + (i < last))
             c = width
         self.middle = nn.ModuleList([block(c, c), Attention(c, heads), block(c, c)])
-        for i, multiplier in reversed(list(enumerate(multipliers))):
-            resolution, width = size >> i, multiplier * channels
+        for i, width in reversed([*enumerate(m * channels for m in multipliers)]):
             inputs = [h + skips.pop() for h in [c] + [width] * blocks]
-            double = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
+            double = [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
             self.up.append(Level([block(c_in, width) for c_in in inputs],
-                                 [attend(width, resolution) for _ in inputs], double if i else None))
+                                 [attend(width, size >> i) for _ in inputs],
+                                 nn.Sequential(*double) if i > 0 else None))
             c = width
         self.head_norm = group_norm(c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
@@ -674,707 +543,545 @@ class UNet(nn.Module):
         return h
 
     def forward(self, x, t, z=None):
-        if self.bf16:
-            with torch.autocast(x.device.type, torch.bfloat16):
-                h = self.trunk(x, t, z)
-        else:
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
             h = self.trunk(x, t, z)
         return self.head(F.silu(self.head_norm(h.float())))
 
-
 # ==================================================================================================
-# 5. THE TWO-STAGE MODEL: stage 2, the DDPM conditioned on the frozen VAE's draft
-# ==================================================================================================
-
+# 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE
 
 class DiffuseVAE(nn.Module):
-    """Frozen VAE + U-Net + diffusion; `forward` is the loss of stage 2.
+    """A frozen VAE, a U-Net and a diffusion; `forward` is the loss of stage 2.
 
-    form '1' or '2': the paper's formulations, with a VAE; 'uncond': a DDPM alone, with vae = None.
-    The U-Net takes 2C channels (C without a VAE); with z_cond it is also given z.
+    form '1' or '2' is the paper's formulation: the U-Net takes 2C channels, and z if it was built
+    for one. form 'uncond' is a DDPM alone: vae = None, C channels. image_shape = (C, H, W).
     """
-
     metrics = ('loss',)
 
     def __init__(self, vae, unet, diffusion, form, image_shape):
         super().__init__()
-        self.vae, self.unet, self.diffusion = vae, unet, diffusion
-        self.form, self.image_shape = form, image_shape
-        if vae:
-            vae.requires_grad_(False)
-        self.train()
+        self.vae = vae.requires_grad_(False).eval() if vae else None
+        self.unet, self.diffusion, self.form, self.image_shape = unet, diffusion, form, image_shape
 
     def train(self, mode=True):
-        """As in every module, except that the frozen VAE stays in eval mode."""
+        """As for every module, except that the frozen VAE stays in eval mode."""
         super().train(mode)
         if self.vae:
             self.vae.eval()
         return self
 
     def network(self, x_hat, z):
-        """eps_theta(y_t, t) for a given draft x_hat in [-1, 1] and its z (both None for 'uncond')."""
-        # What the network is shown is the whole difference between the formulations:
-        #   Formulation 1 [y_t, x_hat] (y_t = x_t),  Formulation 2 [x_t, x_hat] with x_t = y_t + x_hat.
+        """eps_theta(y_t, t), given a draft x_hat in [-1, 1] and its z (None for 'uncond')."""
         def eps_theta(y_t, t):
             if self.form == 'uncond':
                 return self.unet(y_t, t)
-            x_t = y_t + x_hat if self.form == '2' else y_t
+            # All that tells the formulations apart: Formulation 1 is shown [x_t, x_hat], x_t = y_t;
+            # Formulation 2 is shown [x_t, x_hat], x_t = y_t + x_hat.
+            x_t = y_t if self.form == '1' else y_t + x_hat
             return self.unet(torch.cat([x_t, x_hat], dim=1), t, z)
 
         return eps_theta
 
     def noise(self, n, generator):
-        """What a training step on n images draws: eps_z, t and eps."""
-        z_dim = self.vae.z_dim if self.vae else 0
-        return (torch.randn(n, z_dim, generator=generator),
-                torch.randint(len(self.diffusion.schedule), (n,), generator=generator),
-                torch.randn(n, *self.image_shape, generator=generator))
+        """What a training step on n images draws: eps_z [n, z_dim], t [n], eps [n, C, H, W]."""
+        # t is uniform for every image, but spread evenly over the batch (one draw in each n-th of
+        # 0 ... T - 1): the loss varies 100-fold with t, so this takes much noise from the gradient.
+        T = len(self.diffusion.schedule)
+        t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
+        return (torch.randn(n, self.vae.z_dim if self.vae else 0, generator=generator),
+                t.long().clamp(max=T - 1), torch.randn(n, *self.image_shape, generator=generator))
 
     def forward(self, x, eps_z, t, eps):
-        """The loss of a batch x [B, C, H, W] in [0, 1]: a 1-tuple, as `metrics` says."""
         x_hat = z = None
         if self.vae:
-            with torch.no_grad():  # stage 2 trains the U-Net only
-                z = reparameterize(*self.vae.encode(x), eps_z)  # a sample, not the mean
+            with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
+                z = reparameterize(*self.vae.encode(x), eps_z)
                 x_hat = 2 * self.vae.decode(z) - 1
         return (self.diffusion.loss(self.network(x_hat, z), 2 * x - 1, t, eps),)
 
     @torch.no_grad()
     def generate(self, z, y_T, noise, **how):
-        """Draft and refine: z [B, z_dim] (None for 'uncond'), y_T [B, C, H, W] -> two images.
+        """(draft, refined) in [0, 1] from z [B, z_dim] and y_T; `how` goes to Diffusion.sample.
 
-        Returns (draft, refined) in [0, 1], draft None for 'uncond'; `how` goes to Diffusion.sample.
+        z and the draft are None for 'uncond'.
         """
         draft = self.vae.decode(z) if self.vae else None
         x_hat = 2 * draft - 1 if self.vae else None
         x_0 = self.diffusion.sample(self.network(x_hat, z), y_T, noise, **how)
         return draft, (x_0 + 1) / 2
 
-
 # ==================================================================================================
-# 6. SETTINGS: one table, from which the command line and its --help are made
-#
-#    A run's settings are, later ones winning: the defaults in `Config`, the network rows for the
-#    image size, the preset, the data set, what stage 2 inherits from stage 1, the command line.
-# ==================================================================================================
+# 6. SETTINGS: one table; the command line and its --help are made from it
+#    A run's settings are, later ones winning: the defaults below, the preset's, stage 1's for
+#    stage 2, the command line. In the table "paper" means the paper and the authors' YAML files.
 
+ints = lambda text: [int(n) for n in text.split(',') if n]  # '1,2,2' -> [1, 2, 2]
+widths = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
 
-def ints(text):
-    """'1,2,2' -> [1, 2, 2]; '' -> []."""
-    return [int(part) for part in text.split(',') if part]
-
-
-def widths(text):
-    """'32:16,1:32' -> {32: 16, 1: 32}."""
-    return {int(part.split(':')[0]): int(part.split(':')[1]) for part in text.split(',')}
-
-
-def option(default, help, low=None, high=math.inf, choices=None, type=None, inherit=False):
-    """A field of `Config` or `Sampling`; numbers must be finite and in [low, high]."""
+def option(default, help, low=None, high=math.inf, choices=None, kind='fixed'):
+    """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
     return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
-                                                type=type, inherit=inherit))
-
+                                                kind=kind))
 
 @dataclass
 class Config:
-    """The settings of one training run; its checkpoint keeps them."""
+    """All settings of a training run, kept in its checkpoint."""
+    stage: int = option(None, '1 trains the VAE, 2 the diffusion model', choices=(1, 2))
+    form: str = option('1', 'formulation of stage 2, or the baseline', choices=('1', '2', 'uncond'))
+    preset: str = option('small', 'small for a CPU, or a configuration of the paper', kind='passed',
+                         choices=('small', 'cifar10', 'celeba64', 'celebahq128', 'celebahq256'))
+    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba or a folder', kind='passed')
+    root: str = option('data', 'where the files of a named data set are, or go', kind='free')
+    out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
+    size: int = option(32, 'height and width of the images', 4, 4096, kind='passed')
+    flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
+    encoder: str = option(None, "VAE: encoder in the authors' layer shorthand", kind='passed')
+    decoder: str = option(None, 'VAE: decoder', kind='passed')
+    width: dict = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
+    alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
+    timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
+    channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
+    multipliers: list = option(None, 'U-Net: channel multiplier of each level, 1,2,2')
+    blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
+    attention: list = option((), 'U-Net: resolutions with attention, beside the middle')
+    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
+    dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
+    z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
+    steps: int = option(3000, 'training steps; a larger number extends a run', 1)
+    batch: int = option(16, 'images a step', 1, 1_000_000)
+    lr: float = option(2e-3, "Adam's learning rate", 0, 1)
+    warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
+    clip: float = option(math.inf, 'largest norm of the gradient', 0)
+    ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
+    seed: int = option(0, 'seed of everything random', 0)
+    precision: str = option(None, "of the U-Net's trunk; default: bfloat16 where it is fast",
+                            choices=('float32', 'bfloat16'))
+    device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
+    save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
 
-    stage: int = option(1, 'what to train: 1 the VAE, 2 the diffusion model', choices=(1, 2))
-    form: str = option('1', "stage 2: the paper's Formulation 1 or 2, or the unconditional baseline",
-                       choices=('1', '2', 'uncond'))
-    preset: str = option('small', "'small' for a CPU, or the paper's configuration for a data set",
-                         choices=('small', 'cifar10', 'celeba64', 'celebahq128', 'celebahq256'),
-                         inherit=True)
-    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, or a folder of images',
-                       inherit=True)
-    root: str = option('data', 'where the files of a named data set are, or are downloaded to')
-    size: int = option(32, 'height and width of the images', low=8, high=1024, inherit=True)
-    flip: bool = option(False, 'mirror training images at random; never for mnist and fashion')
-    encoder: str = option(None, "VAE encoder, in the authors' layer shorthand", inherit=True)
-    decoder: str = option(None, "VAE decoder, in the authors' layer shorthand", inherit=True)
-    width: dict = option(None, 'VAE channels at each resolution, as 32:16,...,1:32; the last is '
-                         'z_dim', type=widths, inherit=True)
-    alpha: float = option(1.0, 'weight of the KL in stage 1', low=0, inherit=True)
-    timesteps: int = option(1000, 'T, the length of the diffusion chain', low=1, high=100_000)
-    channels: int = option(32, 'U-Net: channels of the first level', low=4, high=4096)
-    multipliers: list = option(None, 'U-Net: channel multiplier of each level', type=ints)
-    blocks: int = option(1, 'U-Net: residual blocks a level', low=1, high=100)
-    attention: list = option(None, 'U-Net: resolutions in pixels with attention, beside the middle',
-                             type=ints)
-    heads: int = option(4, 'U-Net: attention heads', low=1, high=4096)
-    dropout: float = option(0.0, 'U-Net: dropout in the residual blocks', low=0, high=0.99)
-    z_cond: bool = option(False, 'stage 2: give the U-Net z itself besides x_hat')
-    steps: int = option(1000, 'training steps of this stage; a larger number extends a run', low=1)
-    batch: int = option(16, 'images a step', low=1)
-    lr: float = option(1e-3, 'learning rate of Adam', low=0)
-    warmup: int = option(1, 'steps over which the learning rate rises linearly', low=1)
-    clip: float = option(0.0, 'largest norm of the gradient; 0: no clipping', low=0)
-    ema: float = option(0.0, 'decay of the moving average of the weights, the ones that sample; '
-                        'rises as (1+n)/(10+n); 0: no average', low=0, high=1)
-    seed: int = option(0, 'seed of everything random', low=0)
-    precision: str = option(None, "the U-Net's trunk; default: bfloat16 if the device declares it "
-                            'fast', choices=('float32', 'bfloat16'))
-
-
-# The small networks for a laptop, by image size (ours; NOTES.md says how they were chosen).
-SMALL_NETWORKS = {
-    32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
+# Paper, but for batch, epochs, heads, dropout: those are the authors' scripts', which override the
+# YAML files. CIFAR-10's attention is that of the authors' reproduction branch. Batches are summed
+# over GPUs; steps = epochs x images / batch with 162,770 images of CelebA, 30,000 of CelebA-HQ.
+VAE1 = dict(lr=1e-4, warmup=1)
+DDPM2 = dict(channels=128, blocks=2, lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, flip=True, heads=8)
+PRESETS = {  # settings of both stages, of stage 1, of stage 2
+    'small': ({},  # ours, for ten minutes on two cores; NOTES.md tells how they were found
+              dict(alpha=0.1, batch=32, steps=3000),
+              dict(clip=1.0, ema=0.9999, flip=True, steps=3000)),
+    'cifar10': (
+        dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
+             encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
+             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
+        dict(VAE1, batch=128, steps=500 * 50_000 // 128),
+        dict(DDPM2, multipliers=[1, 2, 2, 2], attention=[16], dropout=0.3, batch=256,
+             steps=2850 * 50_000 // 256)),
+    'celeba64': (
+        dict(data='celeba', size=64, width=widths('64:64,32:128,16:256,8:256,4:256,1:512'),
+             encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
+             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
+        dict(VAE1, batch=32, steps=245 * 162_770 // 32),
+        dict(DDPM2, multipliers=[1, 2, 2, 2, 4], attention=[4], dropout=0.1, batch=128,
+             steps=500 * 162_770 // 128)),
+    'celebahq128': (
+        dict(data=None, size=128, width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
+             encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,'
+                     '8t4,4x3,4d4,4t1,1x2',
+             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,'
+                     '64u2,64t128,128x1'),
+        dict(VAE1, flip=True, batch=42, steps=500 * 30_000 // 42),
+        dict(DDPM2, multipliers=[1, 2, 2, 3, 4], attention=[8], dropout=0.1, lr=2e-5, batch=64,
+             steps=1000 * 30_000 // 64)),
+    'celebahq256': (
+        dict(data=None, size=256,
+             width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
+             encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,32x7,32d2,32t16,16x9,'
+                     '16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2',
+             decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,'
+                     '64u2,64t128,128x2,128u2,128t256,256x2'),
+        dict(VAE1, flip=True, batch=16, steps=500 * 30_000 // 16),
+        dict(DDPM2, multipliers=[1, 1, 2, 2, 4, 4], attention=[16], dropout=0.1, lr=2e-5, batch=64,
+             steps=1000 * 30_000 // 64)),
+}
+SMALL_NETWORKS = {  # by image size, for networks that are still None: ours
+    32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1', multipliers=[1, 2, 2],
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
-             width=widths('32:16,16:32,8:64,4:128,1:32'), multipliers=[1, 2, 2]),
-    64: dict(encoder='64d4,64t16,16x1,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
+             width=widths('32:16,16:32,8:64,4:128,1:32')),
+    64: dict(encoder='64d4,64t16,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1', multipliers=[1, 1, 2, 2],
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64',
-             width=widths('64:16,32:32,16:64,8:64,4:128,1:64'), multipliers=[1, 1, 2, 2]),
-    128: dict(encoder='128d4,128t32,32x1,32d2,32t16,16x1,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
-              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u4,32t128',
-              width=widths('128:16,32:32,16:64,8:64,4:128,1:64'), multipliers=[1, 1, 1, 2, 2]),
+             width=widths('64:16,32:16,16:32,8:64,4:128,1:64')),
 }
-
-# The presets: `both` stages, stage 1, stage 2. Sources of the paper's presets:
-#   encoder, decoder, width, channels, multipliers, attention: authors' YAML; attention at 16x16 on
-#     CIFAR-10: the authors' reproduction branch (their main branch attends in the middle only)
-#   alpha, lr, warmup, clip, ema, flip, timesteps (Config's default): paper and authors' YAML
-#   heads, dropout, batch (summed over GPUs), epochs: authors' scripts, which override the YAML
-#   steps = epochs x images / batch, with CelebA's 162,770 training images, 30,000 of CelebA-HQ
-# 'small' is ours: what ten minutes on two cores allow.
-PAPER_STAGE1 = dict(lr=1e-4)
-PAPER_STAGE2 = dict(channels=128, blocks=2, heads=8, lr=2e-4, warmup=5000, clip=1.0, ema=0.9999,
-                    flip=True)
-PRESETS = {
-    'small': dict(
-        both={},
-        stage1=dict(alpha=0.1, batch=32, lr=2e-3, warmup=100, steps=3000),
-        stage2=dict(flip=True, lr=1e-3, warmup=200, clip=1.0, ema=0.9999, steps=3000),
-    ),
-    'cifar10': dict(
-        both=dict(
-            data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
-            encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
-            decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
-        stage1=dict(PAPER_STAGE1, batch=128, steps=500 * 50_000 // 128),
-        stage2=dict(PAPER_STAGE2, multipliers=[1, 2, 2, 2], attention=[16], dropout=0.3, batch=256,
-                    steps=2850 * 50_000 // 256),
-    ),
-    'celeba64': dict(
-        both=dict(
-            data='celeba', size=64, width=widths('64:64,32:128,16:256,8:256,4:256,1:512'),
-            encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
-            decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
-        stage1=dict(PAPER_STAGE1, batch=32, steps=245 * 162_770 // 32),
-        stage2=dict(PAPER_STAGE2, multipliers=[1, 2, 2, 2, 4], attention=[4], dropout=0.1,
-                    batch=128, steps=500 * 162_770 // 128),
-    ),
-    'celebahq128': dict(
-        both=dict(
-            size=128, width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
-            encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,'
-                    '4x3,4d4,4t1,1x2',
-            decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,'
-                    '64u2,64t128,128x1'),
-        stage1=dict(PAPER_STAGE1, flip=True, batch=42, steps=500 * 30_000 // 42),
-        stage2=dict(PAPER_STAGE2, multipliers=[1, 2, 2, 3, 4], attention=[8], dropout=0.1, lr=2e-5,
-                    batch=64, steps=1000 * 30_000 // 64),
-    ),
-    'celebahq256': dict(
-        both=dict(
-            size=256, width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
-            encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,32x7,32d2,32t16,16x9,'
-                    '16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2',
-            decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,'
-                    '64u2,64t128,128x2,128u2,128t256,256x2'),
-        stage1=dict(PAPER_STAGE1, flip=True, batch=16, steps=500 * 30_000 // 16),
-        stage2=dict(PAPER_STAGE2, multipliers=[1, 1, 2, 2, 4, 4], attention=[16], dropout=0.1,
-                    lr=2e-5, batch=64, steps=1000 * 30_000 // 64),
-    ),
-}
-
 
 @dataclass
 class Sampling:
     """How images are generated."""
-
-    steps: int = option(25, 'network calls an image', low=1)
-    sampler: str = option('ddim', 'the update rule', choices=('ddpm', 'ddim', 'dpm++'))
+    out: str = option('runs/shapes', 'folder of the run', kind='free')
+    form: str = option(None, 'which model; default: the first that exists', kind='free',
+                       choices=('1', '2', 'uncond'))
+    num: int = option(64, 'how many images', 1, kind='free')
+    steps: int = option(25, 'network calls an image', 1)
+    sampler: str = option('ddim', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
+    sigma: str = option('large', 'variance of a ddpm step', choices=('large', 'small'))
+    eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
     spacing: str = option('quadratic', 'of the times visited', choices=('uniform', 'quadratic'))
-    sigma: str = option('large', "variance of a ddpm step", choices=('large', 'small'))
-    eta: float = option(0.0, 'noise of a ddim step: 0 none, 1 as ddpm with small variance', 0, 1)
-    temperature: float = option(1.0, 'scale of the starting noise y_T', low=0)
-    shared_noise: bool = option(False, 'all images share y_T and later noise: only z varies')
-    start: int = option(None, 'truncated chain: start from noise at this t instead of T', low=1)
-    seed: int = option(0, 'seed of z and all noise', low=0)
-
+    temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
+    shared_noise: bool = option(False, 'one y_T and later noise for all images: only z varies')
+    start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
+    seed: int = option(0, 'seed of z and noise', 0)
+    png: str = option(None, 'folder for single images instead of a grid', kind='free')
+    real: bool = option(False, 'with --png: training images, for FID tools', kind='free')
+    device: str = option(None, 'as for train', kind='free')
 
 def check(settings):
-    """Raise UserError for a number out of its range or not finite."""
+    """The same settings, or a UserError for a number that is not finite or out of range."""
     for f in fields(settings):
         value, low, high = getattr(settings, f.name), f.metadata['low'], f.metadata['high']
-        if low is not None and value is not None and not (low <= value <= high < math.inf + value):
-            limit = f'at least {low}' if high == math.inf else f'between {low} and {high}'
+        if None not in (value, low) and not low <= value <= min(high, 2**53) and value != f.default:
+            limit = f'{low} or more' if high == math.inf else f'from {low} to {high}'
             raise UserError(f'--{f.name.replace("_", "-")} {value}: must be {limit}')
     return settings
 
-
-def resolve(given, parent=None):
-    """The `Config` of a new run from the options `given`, and of stage 2 from its stage 1's."""
-    inherited = {f.name: parent[f.name] for f in fields(Config) if f.metadata['inherit'] and parent}
-    for name, value in inherited.items():
+def resolve(given, parent):
+    """The `Config` of a new run from the options `given` and stage 1's settings, or {}."""
+    passed = {f.name: parent[f.name] for f in fields(Config) if f.metadata['kind'] == 'passed'
+              and parent}
+    for name, value in passed.items():
         if given.get(name, value) != value:
-            raise UserError(f'--{name} {given[name]} contradicts stage 1, trained with {value}')
-    inherited |= {'root': parent['root']} if parent else {}
-    chosen = inherited | given
-    preset = PRESETS[chosen.get('preset', 'small')]
-    chosen = preset['both'] | preset[f'stage{given["stage"]}'] | chosen
-    if chosen.get('preset', '').startswith('celebahq') and 'data' not in chosen:
-        raise UserError(f'--preset {chosen["preset"]} needs --data, the folder of its images')
-    if chosen.get('data') == 'celeba':
-        chosen.setdefault('size', 64)
-    if chosen.get('data') in DIGITS:
-        chosen['flip'] = False
-    config = check(Config(**chosen))
-    small = SMALL_NETWORKS.get(config.size, {})
-    for name in ('encoder', 'decoder', 'width', 'multipliers'):
-        if getattr(config, name) is None:
-            if name not in small:
-                raise UserError(f'--size {config.size}: there are small networks for '
-                                f'{", ".join(map(str, SMALL_NETWORKS))}; for others give --{name}')
-            setattr(config, name, small[name])
+            raise UserError(f'--{name} {given[name]}: stage 1 was trained with {value}')
+    both, *stages = PRESETS[(passed | given).get('preset', 'small')]
+    root = {'root': parent['root']} if parent else {}
+    config = check(Config(**(both | stages[given['stage'] - 1] | root | passed | given)))
+    if config.data is None:
+        raise UserError(f'--preset {config.preset}: needs --data FOLDER')
+    config.flip = config.flip and config.data not in GREY
+    if config.data == 'celeba' and config.preset == 'small' and 'size' not in given:
+        config.size = 64
+    for name, value in SMALL_NETWORKS.get(config.size, {}).items():
+        setattr(config, name, getattr(config, name) or value)
+    if None in (config.encoder, config.decoder, config.width, config.multipliers):
+        raise UserError(f'--size {config.size}: there are small networks for 32 and 64; for others '
+                        f'give --encoder, --decoder, --width and --multipliers')
     return config
-
 
 # ==================================================================================================
 # 7. TRAINING: one loop for both stages
-#
-#    A stage is a module: `noise(n, generator)` draws what a step needs, `forward(x, *noise)`
-#    returns its loss first, `metrics` names what it returns.
-# ==================================================================================================
-
-LOG_EVERY = 10  # steps averaged into one row of the CSV file
-
+#    A stage is a module: noise(n, generator) draws what a step needs, forward(x, *noise) returns
+#    the loss (and, after it, what else `metrics` names).
 
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    c = 1 if config.data in DIGITS else 3
+    c, vae = 1 if config.data in GREY else 3, None
+    shape = c, config.size, config.size
     try:
-        vae = unet = None
         if config.stage == 1 or config.form != 'uncond':
             vae = VAE(c, config.size, config.encoder, config.decoder, config.width, config.alpha)
         if config.stage == 1:
             model = vae
         else:
             unet = UNet(2 * c if vae else c, c, config.size, config.channels, config.multipliers,
-                        config.blocks, config.attention or (), config.heads, config.dropout,
-                        vae.z_dim if config.z_cond and vae else 0, config.precision == 'bfloat16')
-            model = DiffuseVAE(vae, unet, Diffusion(config.timesteps), config.form,
-                               (c, config.size, config.size))
-        # A step on the `meta` device computes shapes only: it finds layers that do not fit.
-        x = torch.zeros(2, c, config.size, config.size)
-        copy.deepcopy(model).to('meta')(*[v.to('meta') for v in (x, *model.noise(2, generator()))])
-    except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f'these settings do not make a network: {error}') from error
+                        config.blocks, config.attention, config.heads, config.dropout,
+                        vae.z_dim if vae and config.z_cond else 0, config.precision == 'bfloat16')
+            model = DiffuseVAE(vae, unet, Diffusion(config.timesteps), config.form, shape)
+        # A step on the meta device computes shapes only; it finds layers that do not fit together.
+        step = torch.zeros(2, *shape), *model.noise(2, generator())
+        copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
+    except (ValueError, KeyError, RuntimeError, ZeroDivisionError, StopIteration) as error:
+        raise UserError(f'these settings make no network: {error!r}') from error
     return model
 
-
-def choose_device(name=None):
-    """The torch.device of that name; by default CUDA if there is one, else the CPU."""
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+def choose_device(name):
+    """The device of that name, by default CUDA if there is one, and the fast precision on it."""
     try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: not on this machine; cpu always is') from error
-    return device
-
-
-def fast_precision(device):
-    """'bfloat16' where the device declares matrix units for it, else 'float32'."""
-    if device.type == 'cuda':
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False)
-    return 'bfloat16' if fast else 'float32'
-
+    # bfloat16 pays where there are matrix units for it; what the device declares decides.
+    fast = (torch.cuda.is_bf16_supported() if device.type == 'cuda' else
+            device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False))
+    return device, 'bfloat16' if fast else 'float32'
 
 def checkpoint_path(out, stage, form):
-    """OUT/stage1.pt, OUT/stage2-form1.pt, OUT/stage2-form2.pt or OUT/stage2-uncond.pt."""
-    name = 'stage1' if stage == 1 else f'stage2-{"form" * (form != "uncond")}{form}'
-    return Path(out) / f'{name}.pt'
+    """OUT/stage1.pt, or OUT/stage2-form1.pt, -form2.pt, -uncond.pt."""
+    name = 'uncond' if form == 'uncond' else f'form{form}'
+    return Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{name}.pt')
 
-
-def write_atomically(path, data):
-    """Write bytes so that `path` holds the old content or the new, never a part."""
+def write_atomically(path, content):
+    """Write bytes so that `path` holds the old or the new content at any time, never a part."""
     beside = path.with_name(path.name + '.part')
-    with open(beside, 'wb') as file:
-        file.write(data)
+    with beside.open('wb') as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
 
-
 def load_checkpoint(path, stage, form):
-    """The checkpoint of that stage and form, as a dict on the CPU."""
+    """The checkpoint of that stage and form on the CPU, None if there is none, or a UserError."""
+    if not path.exists():
+        return None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         found = saved['config']['stage'], saved['config']['form']
-    except Exception as error:  # a damaged file makes torch.load raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f'{path}: not a checkpoint of this program ({reason[:80]})') from error
-    if found[0] != stage or (stage == 2 and found[1] != form):
-        raise UserError(f'{path}: holds stage {found[0]}, form {found[1]}, '
-                        f'where stage {stage}, form {form} belongs')
+    except Exception as error:  # on a damaged file torch.load raises nearly anything
+        raise UserError(f'{path}: damaged, or not a checkpoint of this program') from error
+    if found != (stage, form):
+        raise UserError(f'{path}: holds stage {found[0]}, form {found[1]}, not {stage} and {form}')
     return saved
 
-
 def ema_update(averages, parameters, step, decay):
-    """Move the averages towards the parameters after step 0, 1, 2, ...: lists of tensors, in place."""
-    # average <- d average + (1 - d) parameter, with d rising to `decay`: with d = 0.9999 from the
-    # start, 37% of the random initialisation would still be in it after 10,000 steps.
+    """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
+    # average <- d average + (1 - d) parameter. d rises to `decay`: with 0.9999 from the start, 37%
+    # of the random initialisation would still be in the average after 10,000 steps.
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(averages, parameters):
         average.lerp_(parameter, 1 - d)
 
+def report(text, end=False, last=[0.0]):
+    """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
+    if sys.stdout.isatty():
+        print(f'\r{text}\x1b[K', end='\n' if end else '', flush=True)
+    elif end or time.monotonic() - last[0] > 10:
+        print(text, flush=True)
+        last[0] = time.monotonic()
 
-class Progress:
-    """A status line: rewritten in place on a terminal, elsewhere printed every ten seconds."""
-
-    def __init__(self):
-        self.last = -math.inf
-
-    def __call__(self, text, final=False):
-        in_place = sys.stdout.isatty()
-        if final or in_place or time.monotonic() - self.last >= 10:
-            print(f'\r{text}\x1b[K' if in_place else text, end='' if in_place and not final else '\n',
-                  flush=True)
-            self.last = time.monotonic()
-
-
-def train(config, out, device, save_every, saved=None, parent=None):
-    """Train one stage from the checkpoint `saved`, or from scratch; stage 2's VAE from `parent`."""
-    path = checkpoint_path(out, config.stage, config.form)
+def train(config, path, device, saved=None, parent=None):
+    """Train one stage, from the checkpoint `saved` if given; `parent` is stage 1's checkpoint."""
     images = load_images(config.data, config.root, config.size)
     held_out = load_images(config.data, config.root, config.size, train=False)
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config)
-    if parent and model.vae:
-        model.vae.load_state_dict(parent['model'])
     if saved:
         model.load_state_dict(saved['model'])
-    model = model.to(device, memory_format=torch.channels_last)
+    elif parent and model.vae:
+        model.vae.load_state_dict(parent['model'])
+    model.to(device, memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.Adam(trained.values(), lr=config.lr)
-    sums = torch.zeros(len(model.metrics), device=device)
-    first = 0
+    optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
+    first, rows = 0, []  # rows of the CSV file: step, metrics, learning rate, images/s
     if saved:
-        first, sums = saved['step'], saved['sums'].to(device)
+        first, rows = saved['step'], saved['rows']
         ema = {name: p.to(device) for name, p in saved['ema'].items()}
         optimizer.load_state_dict(saved['optimizer'])
-    rows = open_csv(path.with_suffix('.csv'), ['step', *model.metrics, 'lr', 'images_per_s'], first)
-
-    def save(step):
-        buffer = io.BytesIO()
-        torch.save(dict(config=asdict(config), step=step, model=model.state_dict(), ema=ema,
-                        optimizer=optimizer.state_dict(), sums=sums), buffer)
-        write_atomically(path, buffer.getvalue())
-        averaged = copy.deepcopy(model).eval()
-        averaged.load_state_dict(ema, strict=False)
-        write_grid(path.with_suffix('.png'), training_picture(averaged, held_out), config.data)
-
-    progress, start = Progress(), time.monotonic()
-    last_save = last_log = start
+    sums, count, start = torch.zeros(len(model.metrics), device=device), 0, time.monotonic()
+    row_time = save_time = start
     for step in range(first, config.steps):
-        # The one rule of randomness: all that is random in this step is a function of (seed, step).
         g = generator(config.seed, 'step', step)
-        torch.manual_seed(g.initial_seed())  # dropout draws from torch's global generator
+        torch.manual_seed(g.initial_seed())  # dropout draws from torch's own generator
         x = images.batch(batch_indices(len(images), config.batch, config.seed, step))
-        flip = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5 * config.flip
+        flip = torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip
         x = torch.where(flip, x.flip(3), x)
-        x, *noise = [v.to(device, non_blocking=True) for v in (x, *model.noise(len(x), g))]
-
+        x, *noise = [tensor.to(device) for tensor in (x, *model.noise(len(x), g))]
         for group in optimizer.param_groups:
             group['lr'] = config.lr * min(1, (step + 1) / config.warmup)
         losses = model(x, *noise)
         optimizer.zero_grad()
         losses[0].backward()
-        if config.clip:
-            nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        nn.utils.clip_grad_norm_(trained.values(), config.clip)
         optimizer.step()
         with torch.no_grad():
             ema_update(ema.values(), trained.values(), step, config.ema)
             sums += torch.stack(losses)
+        count, done = count + 1, step + 1
+        if done % 10 and done < config.steps:
+            continue
 
-        done, now = step + 1, time.monotonic()
-        if done % LOG_EVERY == 0:
-            means = (sums / LOG_EVERY).tolist()
-            sums.zero_()
-            if not math.isfinite(means[0]):
-                raise UserError(f'the loss is not finite at step {done}: try a smaller --lr; '
-                                f'{path} was last saved before', code=1)
-            rate = LOG_EVERY * config.batch / (now - last_log)
-            last_log = now
-            rows.writerow([done, *means, optimizer.param_groups[0]['lr'], f'{rate:.1f}'])
-            left = (now - start) / (done - first) * (config.steps - done)
-            values = '  '.join(f'{name} {v:.4g}' for name, v in zip(model.metrics, means))
-            progress(f'step {done}/{config.steps}  {values}  {rate:.0f} images/s  '
-                     f'{left / 60:.1f} min left', final=done == config.steps)
-        if done == config.steps or now - last_save > save_every:
-            save(done)
-            last_save = time.monotonic()
-    print(f'{path} and its .csv are complete; look at {path.with_suffix(".png")}')
-
-
-def open_csv(path, header, step):
-    """Append to a CSV file after its row for `step`; what a lost run wrote later is dropped."""
-    rows = list(csv.reader(path.open())) if step and path.exists() else []
-    rows = [row for row in rows[1:] if int(row[0]) <= step]
-    file = path.open('w', newline='', buffering=1)  # each row reaches the file at once
-    writer = csv.writer(file)
-    writer.writerows([header, *rows])
-    return writer
-
+        means, now = (sums / count).tolist(), time.monotonic()
+        if not math.isfinite(sum(means)):
+            raise UserError(f'the loss became {means[0]} before step {done}: try a smaller --lr '
+                            f'({path} is as it was last saved)')
+        rate, speed = count * config.batch / (now - row_time), (done - first) / (now - start)
+        rows.append([done, *means, optimizer.param_groups[0]['lr'], round(rate, 1)])
+        text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
+        report(f'step {done}/{config.steps}  {text}  {rate:.0f} images/s  '
+               f'{(config.steps - done) / speed / 60:.1f} min left', end=done == config.steps)
+        sums, count, row_time = torch.zeros_like(sums), 0, now
+        if done == config.steps or now - save_time > config.save_every:
+            buffer = io.BytesIO()
+            torch.save(dict(config=asdict(config), step=done, rows=rows, ema=ema,
+                            model=model.state_dict(), optimizer=optimizer.state_dict()), buffer)
+            write_atomically(path, buffer.getvalue())
+            table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
+            lines = '\n'.join(','.join(map(str, row)) for row in table) + '\n'
+            write_atomically(path.with_suffix('.csv'), lines.encode())
+            averaged = copy.deepcopy(model).eval()
+            averaged.load_state_dict(ema, strict=False)
+            write_grid(path.with_suffix('.png'), training_picture(averaged, held_out, device),
+                       config.data)
+            save_time = time.monotonic()
+    print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
 # ==================================================================================================
 # 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain
-# ==================================================================================================
 
-CHUNK = 64  # images drawn together; the randomness of a chunk is a function of (seed, chunk)
+CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 
-
-def sample_chunk(model, sampling, chunk, n):
-    """The first n images of a chunk as (drafts, refined) on the CPU, in [0, 1]; drafts may be None."""
-    device = next(model.parameters()).device
-    # All CHUNK images are drawn even if n < CHUNK, so that image i is the same for every --num.
+def sample_chunk(model, device, sampling, chunk, n):
+    """The first n images of a chunk: [drafts, refined], or [refined], in [0, 1] on the CPU."""
+    # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
     g = generator(sampling.seed, 'chunk', chunk)
     z = torch.randn(CHUNK, model.vae.z_dim, generator=g)[:n].to(device) if model.vae else None
+    count = CHUNK
     if sampling.shared_noise:
-        g = generator(sampling.seed, 'shared noise')
-    count = 1 if sampling.shared_noise else CHUNK
+        g, count = generator(sampling.seed, 'shared noise'), 1
     noise = lambda: torch.randn(count, *model.image_shape, generator=g)[:n].to(device)
-    # Temperature scales y_T; in Formulation 2 that is the noise around x_hat, not x_hat itself.
-    y_T = sampling.temperature * noise().expand(n, *model.image_shape)
-    draft, refined = model.generate(
-        z, y_T, noise, steps=sampling.steps, sampler=sampling.sampler, spacing=sampling.spacing,
-        start=sampling.start, sigma=sampling.sigma, eta=sampling.eta)
-    return draft.cpu() if model.vae else None, refined.cpu()
+    # Temperature scales y_T, the noise alone: x_hat stays as it is in Formulation 2.
+    y_T = sampling.temperature * noise().expand(n, -1, -1, -1)
+    names = 'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta'
+    images = model.generate(z, y_T, noise, **{name: getattr(sampling, name) for name in names})
+    return [image.cpu() for image in images if image is not None]
 
-
-def training_picture(model, held_out):
-    """What a training run is judged by: rows of 16 images, [16, C, H, W] in [0, 1] each."""
-    if isinstance(model, DiffuseVAE):  # drafts from the prior, above their refined images
-        return [row for row in sample_chunk(model, Sampling(), 0, 16) if row is not None]
-    device = next(model.parameters()).device
-    x = held_out.batch(range(min(16, len(held_out)))).to(device)  # above their reconstructions
+def training_picture(model, held_out, device):
+    """Rows to judge a run by: images over their reconstructions, or drafts over refined samples."""
+    if isinstance(model, DiffuseVAE):
+        return sample_chunk(model, device, Sampling(), 0, 16)
+    x = held_out.batch(range(min(16, len(held_out)))).to(device)
     with torch.no_grad():
         return [x.cpu(), model.decode(model.encode(x)[0]).cpu()]
 
-
 def to_uint8(images, data):
-    """[N, C, H, W] in [0, 1] -> uint8, rounded; padding removed."""
-    images = images[..., 2:-2, 2:-2] if data in DIGITS else images
+    """[N, C, H, W] in [0, 1] -> uint8, rounded, without the padding of MNIST."""
+    images = images[..., 2:-2, 2:-2] if data in GREY else images
     return (255 * images).round().clamp(0, 255).byte()
 
-
-def png(image):
-    """uint8 [C, H, W] -> the bytes of a PNG file."""
+def write_png(path, image):
+    """Write uint8 [C, H, W] as a PNG file."""
     buffer = io.BytesIO()
     to_pil_image(image).save(buffer, 'png')
-    return buffer.getvalue()
-
+    write_atomically(path, buffer.getvalue())
 
 def write_grid(path, rows, data):
-    """Write rows of images, [n, C, H, W] in [0, 1] each, as one picture, small images enlarged."""
+    """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
     images = to_uint8(torch.cat(rows), data)
+    grid = make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
     scale = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    write_atomically(path, png(make_grid(images, nrow=len(rows[0]), padding=2, pad_value=255)))
-
-
-# ==================================================================================================
-# 9. COMMAND LINE
-# ==================================================================================================
-
-
-def command_train(args, given):
-    """train: start, resume or extend a stage."""
-    stage, form = given['stage'], given.get('form', '1')
-    data = given.get('data', PRESETS[given.get('preset', 'small')]['both'].get('data', 'shapes'))
-    out = Path(args.out or f'runs/{Path(data).resolve().name if Path(data).is_dir() else data}')
-    path, first = checkpoint_path(out, stage, form), checkpoint_path(out, 1, '1')
-    if stage == 1 and form != '1':
-        raise UserError(f'--form {form}: only stage 2 has a form')
-    parent = load_checkpoint(first, 1, '1') if stage == 2 and first.exists() else None
-    if stage == 2 and form != 'uncond' and not path.exists() and parent is None:
-        raise UserError(f'stage 2 needs {first}: first run python diffusevae.py train --stage 1'
-                        + ''.join(f' --{k} {given[k]}' for k in ('data', 'preset') if k in given)
-                        + (f' --out {args.out}' if args.out else ''))
-    device = choose_device(args.device)
-    saved = load_checkpoint(path, stage, form) if path.exists() else None
-    if saved:
-        config, parent = Config(**saved['config']), None
-        for name, value in given.items():
-            before = getattr(config, name)
-            if name == 'steps' and value < saved['step'] or (
-                    name not in ('steps', 'root') and value != before):
-                before = saved['step'] if name == 'steps' else before
-                raise UserError(f'--{name.replace("_", "-")} {value} contradicts {path}, trained '
-                                f'with {before}; choose another --out, or delete the checkpoint')
-            setattr(config, name, value)
-        if saved['step'] == config.steps:
-            print(f'{path} is complete: {config.steps} steps; a larger --steps extends it')
-            return
-    else:
-        config = resolve(given, parent and parent['config'])
-        config.precision = config.precision or fast_precision(device)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f'stage {stage}{f" form {form}" if stage == 2 else ""} on {config.data}, {device}, '
-          f'{config.precision}, {"from step " + str(saved["step"]) if saved else "from scratch"}, '
-          f'{config.steps} steps of {config.batch} images -> {path}')
-    train(config, out, device, args.save_every, saved, parent)
-
-
-def command_sample(args, given):
-    """sample: a grid, or a folder of PNGs."""
-    sampling = check(Sampling(**given))
-    forms = [args.form] if args.form else ['1', '2', 'uncond']
-    found = [f for f in forms if checkpoint_path(args.out, 2, f).exists()]
-    if not found:
-        raise UserError(f'no {checkpoint_path(args.out, 2, forms[0])}: first run '
-                        f'python diffusevae.py train --stage 2 --form {forms[0]}, or name --out')
-    saved = load_checkpoint(checkpoint_path(args.out, 2, found[0]), 2, found[0])
-    config = Config(**saved['config'])
-    if args.real:
-        return export_real(args, config, sampling.seed)
-    T = sampling.start or config.timesteps
-    if not sampling.steps <= T <= config.timesteps:
-        raise UserError(f'--steps {sampling.steps}, --start {T}: steps <= start <= '
-                        f'{config.timesteps} (the T of this model) must hold')
-    device = choose_device(args.device)
-    model = build(config)
-    model.load_state_dict(saved['model'])
-    model.load_state_dict(saved['ema'], strict=False)
-    model = model.eval().to(device, memory_format=torch.channels_last)
-    if args.png:
-        settings = asdict(sampling) | dict(checkpoint=str(args.out), form=config.form,
-                                           trained_steps=saved['step'])
-        names = ['drafts', 'refined'] if model.vae else ['refined']
-        return export(args.png, args.num, settings, names, config.data,
-                      lambda chunk, n: sample_chunk(model, sampling, chunk, n)[-len(names):])
-    if args.num > CHUNK:
-        raise UserError(f'--num {args.num}: a grid has at most {CHUNK} images; '
-                        f'--png FOLDER writes any number')
-    drafts, refined = sample_chunk(model, sampling, 0, args.num)
-    blank = torch.ones(-args.num % 16 if args.num > 16 else 0, *refined.shape[1:])
-    rows = []
-    for i in range(0, args.num, 16):  # every draft above its refined image
-        for images in (drafts, refined):
-            if images is not None:
-                rows.append(torch.cat([images, blank])[i:i + 16])
-    path = Path(args.out) / f'samples-{checkpoint_path("", 2, config.form).stem[7:]}.png'
-    write_grid(path, rows, config.data)
-    print(f'{path}: {"each draft above its refined image" if model.vae else "samples"}')
-
+    write_png(path, grid.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2))
 
 def export(folder, num, settings, names, data, make):
-    """Write num images as FOLDER/name/000000.png ... for each name, chunk by chunk.
+    """Write FOLDER/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
 
-    `make(chunk, n)` returns one batch for each name. Chunks whose files all exist are not made
-    again; a folder that was started with other settings is refused.
+    Chunks that are there are not made again; a folder begun with other settings is a UserError.
     """
-    folder = Path(folder)
+    folder, start = Path(folder), time.monotonic()
     note = folder / 'settings.json'
-    if note.exists():
-        before = json.loads(note.read_text())
-        for key in before.keys() | settings.keys():
-            if before.get(key) != settings.get(key):
-                raise UserError(f'--png {folder}: made with {key} {before.get(key)}, not '
-                                f'{settings.get(key)}; choose another folder')
+    before = json.loads(note.read_text()) if note.exists() else settings
+    for key in before.keys() | settings.keys():
+        if before.get(key) != settings.get(key):
+            raise UserError(f'--png {folder}: was made with {key} {before.get(key)}, not '
+                            f'{settings.get(key)}; choose another folder')
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(settings, indent=1).encode())
-    progress, start = Progress(), time.monotonic()
-    for chunk in range(math.ceil(num / CHUNK)):
-        numbers = range(chunk * CHUNK, min(num, (chunk + 1) * CHUNK))
-        paths = [[folder / name / f'{i:06}.png' for i in numbers] for name in names]
+    for first in range(0, num, CHUNK):
+        end = min(num, first + CHUNK)
+        paths = [[folder / name / f'{i:06}.png' for i in range(first, end)] for name in names]
         if not all(path.exists() for row in paths for path in row):
-            for row, images in zip(paths, make(chunk, len(numbers))):
+            for row, images in zip(paths, make(first // CHUNK, end - first)):
                 for path, image in zip(row, to_uint8(images, data)):
-                    write_atomically(path, png(image))
-        done = numbers[-1] + 1
-        rate = done / (time.monotonic() - start)
-        progress(f'{done}/{num} images in {folder}  {rate:.0f} images/s  '
-                 f'{(num - done) / rate / 60:.1f} min left', final=done == num)
+                    write_png(path, image)
+        speed = end / (time.monotonic() - start)
+        report(f'{end}/{num} images in {folder}  {speed:.0f} images/s  '
+               f'{(num - end) / speed / 60:.1f} min left', end=end == num)
 
+# ==================================================================================================
+# 9. COMMAND LINE
 
-def export_real(args, config, seed):
-    """sample --real --png: training images in the same layout, for FID tools."""
-    images = load_images(config.data, config.root, config.size)
-    if not args.png:
-        raise UserError('--real writes a folder: give --png FOLDER')
-    if args.num > len(images):
-        raise UserError(f'--num {args.num}: there are {len(images)} training images')
-    order = epoch_order(len(images), seed, 0)
-    export(args.png, args.num, dict(real=config.data, seed=seed), ['real'], config.data,
-           lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])])
+def command_train(given):
+    """train a stage: start, resume or extend it"""
+    stage, form = given['stage'], given.get('form', '1')
+    data = given.get('data') or PRESETS[given.get('preset', 'small')][0].get('data', 'shapes')
+    out = Path(given.get('out') or f'runs/{Path(data or "").resolve().name}')
+    path, first = checkpoint_path(out, stage, form), checkpoint_path(out, 1, '1')
+    device, precision = choose_device(given.get('device'))
+    saved = load_checkpoint(path, stage, form)
+    parent = load_checkpoint(first, 1, '1') if stage == 2 else None
+    if saved:
+        config = Config(**saved['config'])
+        free = {f.name for f in fields(Config) if f.metadata['kind'] == 'free'}
+        for name, value in given.items():
+            before = saved['step'] if name == 'steps' else getattr(config, name)
+            if name not in free and value != before and not (name == 'steps' and value > before):
+                raise UserError(f'--{name.replace("_", "-")} {value}: {path} was trained with '
+                                f'{before}; choose another --out')
+            setattr(config, name, value)
+        if saved['step'] == check(config).steps:
+            return print(f'{path} is complete: {config.steps} steps; a larger --steps extends it')
+    else:
+        if stage == 2 and form != 'uncond' and parent is None:
+            raise UserError(f'no {first}: first run python diffusevae.py train --stage 1, with the '
+                            f'same --data, --preset and --out')
+        config = resolve(given, parent['config'] if parent else {})
+        config.precision = config.precision or precision
+    out.mkdir(parents=True, exist_ok=True)
+    print(f'{path}: {config.data}, {config.steps} steps of {config.batch} images on {device} in '
+          f'{config.precision}' + (f', from step {saved["step"]}' if saved else ''), flush=True)
+    train(config, path, device, saved, parent)
 
+def command_sample(given):
+    """generate images: a grid of drafts above refined images, or a folder of PNGs"""
+    sampling = check(Sampling(**given))
+    forms = [sampling.form] if sampling.form else ['1', '2', 'uncond']
+    path, form = next(((path, form) for form in [*forms, forms[0]]
+                       if (path := checkpoint_path(sampling.out, 2, form)).exists()), (path, form))
+    if (saved := load_checkpoint(path, 2, form)) is None:
+        raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
+    config = Config(**saved['config'])
+    settings = {f.name: getattr(sampling, f.name) for f in fields(Sampling)
+                if f.metadata['kind'] == 'fixed'}
+    if sampling.real:
+        images = load_images(config.data, config.root, config.size)
+        if not sampling.png or sampling.num > len(images):
+            raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
+        order = epoch_order(len(images), sampling.seed, 0)
+        return export(sampling.png, sampling.num, dict(real=config.data, seed=sampling.seed),
+                      ['real'], config.data,
+                      lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])])
+    if not sampling.steps <= (sampling.start or config.timesteps) <= config.timesteps:
+        raise UserError(f'--steps {sampling.steps}: must be at most --start, which is at most T, '
+                        f'{config.timesteps} for this model')
+    device, _ = choose_device(sampling.device)
+    model = build(config)
+    model.load_state_dict(saved['model'] | saved['ema'])
+    model.eval().to(device, memory_format=torch.channels_last)
+    make = lambda chunk, n: sample_chunk(model, device, sampling, chunk, n)
+    if sampling.png:
+        return export(sampling.png, sampling.num, settings | dict(model=str(path), trained=saved['step']),
+                      ['drafts', 'refined'] if model.vae else ['refined'], config.data, make)
+    if sampling.num > CHUNK:
+        raise UserError(f'--num {sampling.num}: a grid holds {CHUNK}; --png FOLDER takes any number')
+    fill = torch.ones(-sampling.num % 16 if sampling.num > 16 else 0, *model.image_shape)
+    images = [torch.cat([x, fill]) for x in make(0, sampling.num)]
+    picture = path.with_name(f'samples-{path.stem.removeprefix("stage2-")}.png')
+    write_grid(picture, [x[i:i + 16] for i in range(0, sampling.num, 16) for x in images], config.data)
+    print(f'{picture}: {"each draft above its refined image" if model.vae else "samples"}')
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors: one line instead of a usage text."""
-
+    """argparse with errors of one line."""
     def error(self, message):
         raise UserError(message)
 
-
-def add_options(parser, settings, leave_out=()):
-    """One command-line option for every field of a settings class; absent unless given."""
-    for f in fields(settings):
-        if f.name in leave_out:
-            continue
-        kind = f.metadata['type'] or f.type
-        how = dict(action='store_true') if f.type is bool else dict(type=kind)
-        if f.metadata['choices']:
-            how['choices'] = f.metadata['choices']
-        default = '' if f.default in (None, False) else f' (default {f.default})'
-        parser.add_argument('--' + f.name.replace('_', '-'), default=argparse.SUPPRESS,
-                            help=f.metadata['help'].replace('%', '%%') + default, **how)
-
-
-def positive(text):
-    """An integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def main(argv=None):
-    """Run one command; returns the exit code: 0, or 2 for what the user can put right."""
+    """Run one command of the command line; returns the exit code."""
     parser = Parser(prog='diffusevae.py', description=__doc__.split('\n')[0], allow_abbrev=False)
-    commands = parser.add_subparsers(dest='command', required=True, parser_class=Parser)
-    for name, command, settings in (('train', command_train, Config),
-                                    ('sample', command_sample, Sampling)):
-        sub = commands.add_parser(name, help=command.__doc__, description=command.__doc__,
-                                  allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    for command, settings in ((command_train, Config), (command_sample, Sampling)):
+        sub = commands.add_parser(command.__name__.removeprefix('command_'), allow_abbrev=False,
+                                  help=command.__doc__, description=command.__doc__)
         sub.set_defaults(run=command)
-        add_options(sub, settings)
-        sub.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: cuda if there is one')
-        if name == 'train':
-            sub.add_argument('--out', help='folder of the run (default runs/<data>)')
-            sub.add_argument('--save-every', type=float, default=60, help='seconds (default 60)')
-        else:
-            sub.add_argument('--out', default='runs/shapes', help='folder of the run (default runs/shapes)')
-            sub.add_argument('--form', choices=('1', '2', 'uncond'), help='default: what is there')
-            sub.add_argument('--num', type=positive, default=64, help='how many (default 64)')
-            sub.add_argument('--png', metavar='FOLDER', help='write single images, not a grid')
-            sub.add_argument('--real', action='store_true', help='training images, with --png')
+        for f in fields(settings):  # absent from the result unless given
+            how = dict(type={list: ints, dict: widths}.get(f.type, f.type))
+            how['choices'] = f.metadata['choices']
+            if f.type is bool:
+                how = dict(action=argparse.BooleanOptionalAction)
+            default = '' if f.default in (None, False, ()) else f' (default {f.default})'
+            sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS,
+                             required=f.name == 'stage', help=f.metadata['help'] + default, **how)
     try:
-        args = parser.parse_args(argv)
-        known = {f.name for f in fields(Config)} | {f.name for f in fields(Sampling)}
-        args.run(args, {k: v for k, v in vars(args).items() if k in known})
-    except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return error.code
-    except OSError as error:
+        given = vars(parser.parse_args(argv))
+        given.pop('run')(given)
+    except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == '__main__':
     sys.exit(main())
