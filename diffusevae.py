@@ -1,15 +1,15 @@
 """DiffuseVAE in one file: a VAE drafts, a diffusion model refines.
 
-Pandey, Mukherjee, Rai, Kumar: "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation
-from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. To be read beside the paper; this is an
-independent implementation, not the authors' code. NOTES.md derives every formula used here.
+To be read beside Pandey, Mukherjee, Rai, Kumar: "DiffuseVAE: Efficient, Controllable and
+High-Fidelity Generation from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. This is not the
+authors' code. NOTES.md derives the formulas.
 
     z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
                                                                v  (as extra input channels)
     y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
 
-z is a few dozen numbers that can be edited and interpolated, and it fixes the layout; the diffusion
-model (DDPM) paints the detail that the draft lacks, and few of its steps are enough for that.
+z is a few dozen numbers, can be edited and interpolated, and fixes the layout; the diffusion model
+(DDPM) paints the detail that the draft lacks, and few of its steps are enough for that.
 
     python diffusevae.py train --stage 1                    # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2                    # the DDPM on its drafts
@@ -28,7 +28,7 @@ import argparse, copy, hashlib, io, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 import torch
 import torch.nn as nn
@@ -36,7 +36,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.io import encode_png
+from torchvision.transforms.functional import pil_to_tensor
 from torchvision.utils import make_grid
 
 class UserError(Exception):
@@ -56,7 +57,7 @@ def generator(*key):
 
 def draw_shapes(n, generator, size=32):
     """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn; the stripes, 3.5 pixels a period at a random angle and
+    # The factors are what a VAE can learn; the stripes, 4.5 pixels a period at a random angle and
     # phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (4 * u[0]).long(), u[1], u[2]
@@ -71,7 +72,7 @@ def draw_shapes(n, generator, size=32):
                             torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.6 * radius,
                             torch.minimum(*bars)])[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
-    stripes = torch.sin(2 * math.pi / 3.5 * size * (x * angle.cos() + y * angle.sin()) + phase)
+    stripes = torch.sin(2 * math.pi / 4.5 * size * (x * angle.cos() + y * angle.sin()) + phase)
 
     def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
         k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
@@ -85,18 +86,16 @@ def draw_shapes(n, generator, size=32):
 
 class Images:
     """A data set: `batch(indices)` is float [B, C, H, W] in [0, 1], `labels[name]` is [N].
-
-    `pixels`: a uint8 tensor, or names of files that `open_image(i)` opens as PIL images. Files are
-    kept in memory if they fit in 1 GB, else read when asked for.
-    """
-    def __init__(self, pixels, labels=None, open_image=None):
-        self.pixels, self.labels, self.open_image = pixels, labels or {}, open_image
+    `pixels` is uint8 [N, C, H, W], or names of files that `open_image(i)` opens as PIL images; they
+    are kept in memory if they fit in 1 GB, else read when asked for."""
+    def __init__(self, pixels, labels={}, open_image=None):
+        self.pixels, self.labels, self.open_image = pixels, labels, open_image
         self.unreadable, self.pool = set(), ThreadPoolExecutor(os.cpu_count())
         if open_image and self.read(0).numel() * len(pixels) <= 1e9:
             images = torch.stack(list(self.pool.map(self.read, range(len(pixels)))))
             good = [i for i in range(len(pixels)) if i not in self.unreadable]
             self.pixels, self.open_image = images[good], None
-            self.labels = {name: label[good] for name, label in self.labels.items()}
+            self.labels = {name: label[good] for name, label in labels.items()}
 
     def __len__(self):
         return len(self.pixels)
@@ -172,7 +171,7 @@ def load_folder(folder, size, train):
                 image = image.convert('I').point(lambda v: v / 256).convert('L')
             return ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.LANCZOS)
 
-    return Images(paths, None, open_image)
+    return Images(paths, open_image=open_image)
 
 @lru_cache(maxsize=2)
 def epoch_order(n, seed, epoch):
@@ -192,7 +191,7 @@ def batch_indices(n, batch, seed, step):
 #              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
 
 def reparameterize(mu, logvar, eps):
-    """z ~ N(mu, sigma^2) as a differentiable function of mu and logvar = log sigma^2: [B, z_dim]."""
+    """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
     # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
     # The randomness sits in eps, which has no parameters; so dz/dmu = 1 and dz/dsigma = eps exist,
     # and the expectation over q(z|x) can be differentiated through its samples.
@@ -219,10 +218,8 @@ class VAEBlock(nn.Module):
     def __init__(self, width, resolution):
         super().__init__()
         k, middle = 3 if resolution > 1 else 1, width // 2
-        self.convs = nn.ModuleList([nn.Conv2d(width, middle, 1),
-                                    nn.Conv2d(middle, middle, k, padding=k // 2),
-                                    nn.Conv2d(middle, middle, k, padding=k // 2),
-                                    nn.Conv2d(middle, width, 1)])
+        shapes = (width, middle, 1), (middle, middle, k), (middle, middle, k), (middle, width, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in shapes)
         for conv in self.convs:
             nn.init.zeros_(conv.bias)
 
@@ -233,33 +230,29 @@ class VAEBlock(nn.Module):
         return h + r
 
 def backbone(layers, width):
-    """Layers from the authors' shorthand, e.g. '32x7,32d2,32t16'; width[R] = channels at R x R.
-
-    RxN: N blocks at resolution R.  RdF: one block, then average pooling by F.
-    RuF: nearest upsampling by F.   RtS: bias-free 1x1 convolution from width[R] to width[S].
-    """
+    """Layers from the authors' shorthand, e.g. '32x7,32d2,32t16'; width[R] = channels at R x R."""
+    # RxN: N blocks at resolution R.  RdF: one block, then average pooling by F.
+    # RuF: nearest upsampling by F.   RtS: bias-free 1x1 convolution from width[R] to width[S].
     modules = []
     for layer in layers.split(','):
-        if not re.fullmatch(r'\d+[xdut]\d+', layer):
+        match = re.fullmatch(r'(\d+)([xdut])(\d+)', layer)
+        if not match:
             raise ValueError(f'layer {layer!r} is none of RxN, RdF, RuF, RtS')
-        resolution, kind, n = re.split('([xdut])', layer)
-        resolution, n = int(resolution), int(n)
-        if kind == 'x':
-            modules += [VAEBlock(width[resolution], resolution) for _ in range(n)]
-        elif kind == 'd':
-            modules += [VAEBlock(width[resolution], resolution), nn.AvgPool2d(n)]
+        resolution, kind, n = int(match[1]), match[2], int(match[3])
+        if kind in 'xd':
+            blocks = n if kind == 'x' else 1
+            modules += [VAEBlock(width[resolution], resolution) for _ in range(blocks)]
+        if kind == 'd':
+            modules.append(nn.AvgPool2d(n))
         elif kind == 'u':
-            modules += [nn.Upsample(scale_factor=n)]
-        else:
-            modules += [nn.Conv2d(width[resolution], width[n], 1, bias=False)]
+            modules.append(nn.Upsample(scale_factor=n))
+        elif kind == 't':
+            modules.append(nn.Conv2d(width[resolution], width[n], 1, bias=False))
     return nn.Sequential(*modules)
 
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
-
-    `encoder` and `decoder` are layer strings (see `backbone`) down to 1x1 and back up; z_dim is
-    width[1]. Raises ValueError or KeyError for strings that don't fit.
-    """
+    `encoder` and `decoder` are layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = ('loss', 'squared_error', 'kl')
 
     def __init__(self, channels, size, encoder, decoder, width, alpha=1.0):
@@ -393,10 +386,8 @@ class Diffusion(nn.Module):
     @torch.no_grad()
     def sample(self, eps_theta, y_T, noise, steps, sampler='ddim', spacing='quadratic', start=None,
                sigma='large', eta=0.0):
-        """Run the reverse chain from y_T [B, C, H, W] to x_0 in [-1, 1] with `steps` network calls.
-
-        `noise()` draws N(0, I) of (or broadcasting to) y_T's shape; `start` < T truncates the chain.
-        """
+        """The reverse chain, from y_T [B, C, H, W] to x_0 in [-1, 1] in `steps` network calls.
+        noise() draws N(0, I) that broadcasts to y_T's shape; start < T truncates the chain."""
         y, previous = y_T, None
         grid = time_grid(start or len(self.schedule), steps, spacing)
         alpha_bars = [self.schedule[t] for t in grid] + [1.0]
@@ -426,15 +417,14 @@ def time_embedding(t, width):
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 def group_norm(channels):
-    """GroupNorm with 32 groups, or as many fewer as leave 4 channels in a group."""
-    # A group of one channel (instance norm) would wipe out the mean colour of the image.
-    groups = next(g for g in range(min(32, channels // 4), 0, -1) if channels % g == 0)
-    return nn.GroupNorm(groups, channels)
+    """GroupNorm with 32 groups as in the paper; below 128 channels (our small networks) with 1."""
+    # A group's mean is lost, and with it the mean colour of the image unless groups are large.
+    return nn.GroupNorm(32 if channels >= 128 else 1, channels)
 
 def zero_init(conv):
     """The same convolution with all parameters zero."""
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    for parameter in conv.parameters():
+        nn.init.zeros_(parameter)
     return conv
 
 class ResBlock(nn.Module):
@@ -464,8 +454,8 @@ class Attention(nn.Module):
         super().__init__()
         if channels % heads:
             raise ValueError(f'{channels} channels do not divide into {heads} attention heads')
-        self.heads = heads
-        self.norm, self.qkv = group_norm(channels), nn.Conv2d(channels, 3 * channels, 1)
+        self.heads, self.norm = heads, group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
     def forward(self, h):
@@ -474,19 +464,10 @@ class Attention(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
         return h + self.out(rearrange(a, 'b heads (y x) d -> b (heads d) y x', y=h.shape[2]))
 
-class Level(nn.Module):
-    """One resolution of the U-Net: blocks, attention (or nothing) after each, then resampling."""
-    def __init__(self, blocks, attention, resample):
-        super().__init__()
-        self.blocks, self.attention = nn.ModuleList(blocks), nn.ModuleList(attention)
-        self.resample = resample
-
 class UNet(nn.Module):
     """eps_theta: x [B, in_channels, size, size], t [B], z [B, z_dim] -> [B, out_channels, ...].
-
-    `multipliers` has one entry a level, `attention` names resolutions in pixels, z_dim = 0 takes no
-    z. With bf16 all but the head runs in bfloat16; the output is float32 in any case.
-    """
+    `attention` names resolutions in pixels; z_dim = 0 takes no z. With bf16 all but the head runs
+    in bfloat16; the output is float32 in any case."""
     def __init__(self, in_channels, out_channels, size, channels, multipliers, blocks, attention=(),
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
@@ -503,18 +484,19 @@ class UNet(nn.Module):
         c, skips = channels, [channels]  # channels of h, and of each feature map stored so far
         for i, width in enumerate(m * channels for m in multipliers):
             inputs = [c] + [width] * (blocks - 1)
-            halve = nn.Conv2d(width, width, 3, stride=2, padding=1) if i < last else None
-            self.down.append(Level([block(c_in, width) for c_in in inputs],
-                                   [attend(width, size >> i) for _ in inputs], halve))
-            skips += [width] * (len(inputs) + (i < last))
+            level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
+            if i < last:
+                level += [[nn.Conv2d(width, width, 3, stride=2, padding=1)]]
+            self.down += map(nn.ModuleList, level)
+            skips += [width] * len(level)
             c = width
         self.middle = nn.ModuleList([block(c, c), Attention(c, heads), block(c, c)])
         for i, width in reversed([*enumerate(m * channels for m in multipliers)]):
             inputs = [h + skips.pop() for h in [c] + [width] * blocks]
-            double = [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
-            self.up.append(Level([block(c_in, width) for c_in in inputs],
-                                 [attend(width, size >> i) for _ in inputs],
-                                 nn.Sequential(*double) if i > 0 else None))
+            level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
+            if i > 0:
+                level[-1] += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
+            self.up += map(nn.ModuleList, level)
             c = width
         self.head_norm = group_norm(c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
@@ -526,20 +508,16 @@ class UNet(nn.Module):
             emb = emb + self.z_mlp(z)
         h = self.stem(x)
         skips = [h]
-        for level in self.down:
-            for block, attend in zip(level.blocks, level.attention):
-                h = attend(block(h, emb))
-                skips.append(h)
-            if level.resample:
-                h = level.resample(h)
-                skips.append(h)
+        for layers in self.down:  # a block with its attention, or the halving of the resolution
+            h = layers[0](h, emb) if len(layers) > 1 else h
+            h = layers[-1](h)
+            skips.append(h)
         block1, attend, block2 = self.middle
         h = block2(attend(block1(h, emb)), emb)
-        for level in self.up:
-            for block, attend in zip(level.blocks, level.attention):
-                h = attend(block(torch.cat([h, skips.pop()], dim=1), emb))
-            if level.resample:
-                h = level.resample(h)
+        for block, *others in self.up:  # a block with its attention, some with a doubling too
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+            for layer in others:
+                h = layer(h)
         return h
 
     def forward(self, x, t, z=None):
@@ -552,10 +530,8 @@ class UNet(nn.Module):
 
 class DiffuseVAE(nn.Module):
     """A frozen VAE, a U-Net and a diffusion; `forward` is the loss of stage 2.
-
-    form '1' or '2' is the paper's formulation: the U-Net takes 2C channels, and z if it was built
-    for one. form 'uncond' is a DDPM alone: vae = None, C channels. image_shape = (C, H, W).
-    """
+    For form '1' and '2' the U-Net takes 2C channels (and z, if built for it); form 'uncond' is a
+    DDPM alone, with vae = None and C channels. image_shape = (C, H, W)."""
     metrics = ('loss',)
 
     def __init__(self, vae, unet, diffusion, form, image_shape):
@@ -570,17 +546,14 @@ class DiffuseVAE(nn.Module):
             self.vae.eval()
         return self
 
-    def network(self, x_hat, z):
-        """eps_theta(y_t, t), given a draft x_hat in [-1, 1] and its z (None for 'uncond')."""
-        def eps_theta(y_t, t):
-            if self.form == 'uncond':
-                return self.unet(y_t, t)
-            # All that tells the formulations apart: Formulation 1 is shown [x_t, x_hat], x_t = y_t;
-            # Formulation 2 is shown [x_t, x_hat], x_t = y_t + x_hat.
-            x_t = y_t if self.form == '1' else y_t + x_hat
-            return self.unet(torch.cat([x_t, x_hat], dim=1), t, z)
-
-        return eps_theta
+    def eps_theta(self, y_t, t, x_hat, z):
+        """The network's noise in y_t, given the draft x_hat in [-1, 1] and its z: [B, C, H, W]."""
+        if self.form == 'uncond':
+            return self.unet(y_t, t)
+        # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
+        # Formulation 1 and x_t = y_t + x_hat in Formulation 2.
+        x_t = y_t if self.form == '1' else y_t + x_hat
+        return self.unet(torch.cat([x_t, x_hat], dim=1), t, z)
 
     def noise(self, n, generator):
         """What a training step on n images draws: eps_z [n, z_dim], t [n], eps [n, C, H, W]."""
@@ -597,17 +570,17 @@ class DiffuseVAE(nn.Module):
             with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
                 z = reparameterize(*self.vae.encode(x), eps_z)
                 x_hat = 2 * self.vae.decode(z) - 1
-        return (self.diffusion.loss(self.network(x_hat, z), 2 * x - 1, t, eps),)
+        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
+        return (self.diffusion.loss(eps_theta, 2 * x - 1, t, eps),)
 
     @torch.no_grad()
     def generate(self, z, y_T, noise, **how):
-        """(draft, refined) in [0, 1] from z [B, z_dim] and y_T; `how` goes to Diffusion.sample.
-
-        z and the draft are None for 'uncond'.
-        """
+        """z [B, z_dim], y_T [B, C, H, W] -> (draft, refined) in [0, 1]; `how`: Diffusion.sample's.
+        For 'uncond', z and the draft are None."""
         draft = self.vae.decode(z) if self.vae else None
         x_hat = 2 * draft - 1 if self.vae else None
-        x_0 = self.diffusion.sample(self.network(x_hat, z), y_T, noise, **how)
+        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
+        x_0 = self.diffusion.sample(eps_theta, y_T, noise, **how)
         return draft, (x_0 + 1) / 2
 
 # ==================================================================================================
@@ -630,7 +603,7 @@ class Config:
     form: str = option('1', 'formulation of stage 2, or the baseline', choices=('1', '2', 'uncond'))
     preset: str = option('small', 'small for a CPU, or a configuration of the paper', kind='passed',
                          choices=('small', 'cifar10', 'celeba64', 'celebahq128', 'celebahq256'))
-    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba or a folder', kind='passed')
+    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, a folder', kind='passed')
     root: str = option('data', 'where the files of a named data set are, or go', kind='free')
     out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
     size: int = option(32, 'height and width of the images', 4, 4096, kind='passed')
@@ -647,7 +620,7 @@ class Config:
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
-    steps: int = option(3000, 'training steps; a larger number extends a run', 1)
+    steps: int = option(3000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(16, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
     warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
@@ -700,8 +673,7 @@ PRESETS = {  # settings of both stages, of stage 1, of stage 2
                      '64u2,64t128,128x2,128u2,128t256,256x2'),
         dict(VAE1, flip=True, batch=16, steps=500 * 30_000 // 16),
         dict(DDPM2, multipliers=[1, 1, 2, 2, 4, 4], attention=[16], dropout=0.1, lr=2e-5, batch=64,
-             steps=1000 * 30_000 // 64)),
-}
+             steps=1000 * 30_000 // 64))}
 SMALL_NETWORKS = {  # by image size, for networks that are still None: ours
     32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1', multipliers=[1, 2, 2],
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
@@ -740,21 +712,26 @@ def check(settings):
             raise UserError(f'--{f.name.replace("_", "-")} {value}: must be {limit}')
     return settings
 
-def resolve(given, parent):
-    """The `Config` of a new run from the options `given` and stage 1's settings, or {}."""
-    passed = {f.name: parent[f.name] for f in fields(Config) if f.metadata['kind'] == 'passed'
-              and parent}
-    for name, value in passed.items():
+def resolve(given, before, path):
+    """The `Config` of a run: options `given`, over the settings `before` of the checkpoint `path`
+    (its own, to resume; stage 1's, to start stage 2; or {})."""
+    resume = before.get('stage') == given['stage']
+    kept = {f.name: before[f.name] for f in fields(Config) if before and f.metadata['kind'] in
+            ('passed', 'fixed' if resume else '')}
+    for name, value in kept.items():
         if given.get(name, value) != value:
-            raise UserError(f'--{name} {given[name]}: stage 1 was trained with {value}')
-    both, *stages = PRESETS[(passed | given).get('preset', 'small')]
-    root = {'root': parent['root']} if parent else {}
-    config = check(Config(**(both | stages[given['stage'] - 1] | root | passed | given)))
+            raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} was trained with '
+                            f'{value}; choose another --out')
+    if resume:
+        return check(Config(**before | given))
+    root = {'root': before['root']} if before else {}
+    both, *stages = PRESETS[(kept | given).get('preset', 'small')]
+    config = check(Config(**both | stages[given['stage'] - 1] | root | kept | given))
     if config.data is None:
         raise UserError(f'--preset {config.preset}: needs --data FOLDER')
-    config.flip = config.flip and config.data not in GREY
-    if config.data == 'celeba' and config.preset == 'small' and 'size' not in given:
+    if config.data == 'celeba' and 'size' not in both | kept | given:
         config.size = 64
+    config.flip = config.flip and config.data not in GREY
     for name, value in SMALL_NETWORKS.get(config.size, {}).items():
         setattr(config, name, getattr(config, name) or value)
     if None in (config.encoder, config.decoder, config.width, config.multipliers):
@@ -945,9 +922,7 @@ def to_uint8(images, data):
 
 def write_png(path, image):
     """Write uint8 [C, H, W] as a PNG file."""
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, 'png')
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, encode_png(image).numpy().tobytes())
 
 def write_grid(path, rows, data):
     """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
@@ -956,12 +931,10 @@ def write_grid(path, rows, data):
     scale = max(1, 64 // images.shape[-1])
     write_png(path, grid.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2))
 
-def export(folder, num, settings, names, data, make):
-    """Write FOLDER/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
-
-    Chunks that are there are not made again; a folder begun with other settings is a UserError.
-    """
-    folder, start = Path(folder), time.monotonic()
+def export(options, settings, names, config, make):
+    """Write PNG/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
+    Chunks that exist are not made again; a folder made with other settings is a UserError."""
+    folder, num, start = Path(options.png), options.num, time.monotonic()
     note = folder / 'settings.json'
     before = json.loads(note.read_text()) if note.exists() else settings
     for key in before.keys() | settings.keys():
@@ -976,11 +949,10 @@ def export(folder, num, settings, names, data, make):
         paths = [[folder / name / f'{i:06}.png' for i in range(first, end)] for name in names]
         if not all(path.exists() for row in paths for path in row):
             for row, images in zip(paths, make(first // CHUNK, end - first)):
-                for path, image in zip(row, to_uint8(images, data)):
+                for path, image in zip(row, to_uint8(images, config.data)):
                     write_png(path, image)
-        speed = end / (time.monotonic() - start)
-        report(f'{end}/{num} images in {folder}  {speed:.0f} images/s  '
-               f'{(num - end) / speed / 60:.1f} min left', end=end == num)
+        left = (time.monotonic() - start) * (num / end - 1)
+        report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 
 # ==================================================================================================
 # 9. COMMAND LINE
@@ -992,25 +964,18 @@ def command_train(given):
     out = Path(given.get('out') or f'runs/{Path(data or "").resolve().name}')
     path, first = checkpoint_path(out, stage, form), checkpoint_path(out, 1, '1')
     device, precision = choose_device(given.get('device'))
-    saved = load_checkpoint(path, stage, form)
-    parent = load_checkpoint(first, 1, '1') if stage == 2 else None
-    if saved:
-        config = Config(**saved['config'])
-        free = {f.name for f in fields(Config) if f.metadata['kind'] == 'free'}
-        for name, value in given.items():
-            before = saved['step'] if name == 'steps' else getattr(config, name)
-            if name not in free and value != before and not (name == 'steps' and value > before):
-                raise UserError(f'--{name.replace("_", "-")} {value}: {path} was trained with '
-                                f'{before}; choose another --out')
-            setattr(config, name, value)
-        if saved['step'] == check(config).steps:
-            return print(f'{path} is complete: {config.steps} steps; a larger --steps extends it')
-    else:
-        if stage == 2 and form != 'uncond' and parent is None:
+    saved, parent = load_checkpoint(path, stage, form), None
+    if stage == 2 and not saved:
+        parent = load_checkpoint(first, 1, '1')
+        if form != 'uncond' and not parent:
             raise UserError(f'no {first}: first run python diffusevae.py train --stage 1, with the '
                             f'same --data, --preset and --out')
-        config = resolve(given, parent['config'] if parent else {})
-        config.precision = config.precision or precision
+    config = resolve(given, (saved or parent or {}).get('config', {}), path if saved else first)
+    config.precision = config.precision or precision
+    if saved and config.steps < saved['step']:
+        raise UserError(f'--steps {config.steps}: {path} has {saved["step"]} already')
+    if saved and config.steps == saved['step']:
+        return print(f'{path} is complete: {config.steps} steps; a larger --steps extends it')
     out.mkdir(parents=True, exist_ok=True)
     print(f'{path}: {config.data}, {config.steps} steps of {config.batch} images on {device} in '
           f'{config.precision}' + (f', from step {saved["step"]}' if saved else ''), flush=True)
@@ -1018,41 +983,42 @@ def command_train(given):
 
 def command_sample(given):
     """generate images: a grid of drafts above refined images, or a folder of PNGs"""
-    sampling = check(Sampling(**given))
-    forms = [sampling.form] if sampling.form else ['1', '2', 'uncond']
-    path, form = next(((path, form) for form in [*forms, forms[0]]
-                       if (path := checkpoint_path(sampling.out, 2, form)).exists()), (path, form))
-    if (saved := load_checkpoint(path, 2, form)) is None:
+    options = check(Sampling(**given))
+    forms = [options.form] if options.form else ['1', '2', 'uncond']
+    form = next((f for f in forms if checkpoint_path(options.out, 2, f).exists()), forms[0])
+    path = checkpoint_path(options.out, 2, form)
+    saved = load_checkpoint(path, 2, form)
+    if not saved:
         raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
     config = Config(**saved['config'])
-    settings = {f.name: getattr(sampling, f.name) for f in fields(Sampling)
-                if f.metadata['kind'] == 'fixed'}
-    if sampling.real:
+    if options.real:
         images = load_images(config.data, config.root, config.size)
-        if not sampling.png or sampling.num > len(images):
+        if not options.png or options.num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
-        order = epoch_order(len(images), sampling.seed, 0)
-        return export(sampling.png, sampling.num, dict(real=config.data, seed=sampling.seed),
-                      ['real'], config.data,
-                      lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])])
-    if not sampling.steps <= (sampling.start or config.timesteps) <= config.timesteps:
-        raise UserError(f'--steps {sampling.steps}: must be at most --start, which is at most T, '
+        order = epoch_order(len(images), options.seed, 0)
+        make = lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])]
+        return export(options, dict(real=config.data, seed=options.seed), ['real'], config, make)
+    if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
+        raise UserError(f'--steps {options.steps}: must be at most --start, which is at most T, '
                         f'{config.timesteps} for this model')
-    device, _ = choose_device(sampling.device)
+    device, _ = choose_device(options.device)
     model = build(config)
     model.load_state_dict(saved['model'] | saved['ema'])
     model.eval().to(device, memory_format=torch.channels_last)
-    make = lambda chunk, n: sample_chunk(model, device, sampling, chunk, n)
-    if sampling.png:
-        return export(sampling.png, sampling.num, settings | dict(model=str(path), trained=saved['step']),
-                      ['drafts', 'refined'] if model.vae else ['refined'], config.data, make)
-    if sampling.num > CHUNK:
-        raise UserError(f'--num {sampling.num}: a grid holds {CHUNK}; --png FOLDER takes any number')
-    fill = torch.ones(-sampling.num % 16 if sampling.num > 16 else 0, *model.image_shape)
-    images = [torch.cat([x, fill]) for x in make(0, sampling.num)]
+    names = ['drafts', 'refined'] if model.vae else ['refined']
+    make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
+    if options.png:
+        settings = {f.name: getattr(options, f.name) for f in fields(Sampling)
+                    if f.metadata['kind'] == 'fixed'} | dict(model=str(path), trained=saved['step'])
+        return export(options, settings, names, config, make)
+    if options.num > CHUNK:
+        raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
+    fill = torch.ones(-options.num % 16 if options.num > 16 else 0, *model.image_shape)
+    images = [torch.cat([x, fill]) for x in make(0, options.num)]
+    rows = [x[i:i + 16] for i in range(0, options.num, 16) for x in images]
     picture = path.with_name(f'samples-{path.stem.removeprefix("stage2-")}.png')
-    write_grid(picture, [x[i:i + 16] for i in range(0, sampling.num, 16) for x in images], config.data)
-    print(f'{picture}: {"each draft above its refined image" if model.vae else "samples"}')
+    write_grid(picture, rows, config.data)
+    print(f'{picture}: {" above ".join(names)}')
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""

@@ -1,0 +1,1053 @@
+"""The second half of the teaching: every test states a property, checked against something else.
+
+Sections as in diffusevae.py. No network, no GPU; the data files are made on the spot. The few
+tests that start processes are at the end.
+"""
+import csv
+import gzip
+import json
+import math
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from einops import rearrange
+from PIL import Image
+from torch.distributions import Normal, kl_divergence
+
+import diffusevae as dv
+
+torch.set_num_threads(2)
+T = 1000
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, T, dtype=torch.float64), 0)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+def config(stage=2, **given):
+    return dv.resolve(dict(stage=stage, **given), {}, None)
+
+
+def tiny(form='1', z_cond=False, channels=1, size=8, T=T, **unet):
+    """A DiffuseVAE for 8x8 images with random weights in the zero-initialised layers, too."""
+    torch.manual_seed(0)
+    width = {8: 8, 4: 8, 1: 4}
+    vae = dv.VAE(channels, size, '8d2,4d4,4t1', '1u4,1t4,4u2,4t8', width) if form != 'uncond' else None
+    net = dv.UNet(channels * (1 if form == 'uncond' else 2), channels, size, 8, [1, 2], 1, [4],
+                  heads=2, z_dim=4 * z_cond, **unet)
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return dv.DiffuseVAE(vae, net, dv.Diffusion(T), form, (channels, size, size))
+
+
+# 1. DATA ------------------------------------------------------------------------------------------
+
+
+def test_shapes_repeat_and_their_factors_describe_them():
+    """The same seed gives the same image; ground colour, position and size show in the pixels."""
+    images, factors = dv.draw_shapes(200, dv.generator(3))
+    again, _ = dv.draw_shapes(200, dv.generator(3))
+    assert images.dtype == torch.uint8 and images.shape == (200, 3, 32, 32)
+    assert torch.equal(images, again)
+    assert set(factors) == {'kind', 'hue', 'ground', 'x', 'y', 'size'}
+    assert set(factors['kind'].tolist()) == {0, 1, 2, 3}
+    corner = images[:, :, 0, 0].float()
+    inside = ((images - corner[:, :, None, None].byte()).float().abs().sum(1) > 30).double()
+    grid = (torch.arange(32) + 0.5) / 32
+    round_ = factors['kind'] != 2  # a triangle's centre of mass is not its centre
+    for axis, name in ((1, 'x'), (2, 'y')):
+        center = (inside.sum(axis) * grid).sum(1) / inside.sum((1, 2))
+        assert (center - factors[name])[round_].abs().max() < 0.03
+    circle = factors['kind'] == 0
+    area = inside.mean((1, 2))[circle]
+    assert torch.allclose(area, math.pi * factors['size'][circle].double() ** 2, rtol=0.2)
+
+
+def test_shapes_are_held_out_by_another_seed():
+    train, held_out = dv.load_images('shapes'), dv.load_images('shapes', train=False)
+    known = {bytes(image.flatten().tolist()) for image in train.pixels[:2000]}
+    assert not any(bytes(image.flatten().tolist()) in known for image in held_out.pixels[:100])
+
+
+def mnist_files(root, name='MNIST', n=40):
+    """The four IDX files with n random images each, labels 0 ... 9 in turn."""
+    raw = root / name / 'raw'
+    raw.mkdir(parents=True)
+    for part, seed in (('train', 0), ('t10k', 1)):
+        pixels = torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(seed))
+        header = struct.pack('>4B3I', 0, 0, 8, 3, n, 28, 28)
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(header + bytes(pixels.flatten().tolist()))
+        header = struct.pack('>4BI', 0, 0, 8, 1, n)
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(header + bytes(i % 10 for i in range(n)))
+    return root
+
+
+@pytest.mark.parametrize('data, folder, label', [('mnist', 'MNIST', 'digit'),
+                                                 ('fashion', 'FashionMNIST', 'class')])
+def test_digits_are_padded_to_32_and_never_mirrored(tmp_path, data, folder, label):
+    images = dv.load_images(data, mnist_files(tmp_path, folder))
+    assert images.pixels.shape == (40, 1, 32, 32) and images.labels[label].tolist()[:3] == [0, 1, 2]
+    x = images.batch([0, 1])
+    assert x[:, :, 2:-2, 2:-2].max() > 0.9 and x.sum() == x[:, :, 2:-2, 2:-2].sum()
+    assert dv.to_uint8(x, data).shape == (2, 1, 28, 28)
+    assert not torch.equal(x, dv.load_images(data, tmp_path, train=False).batch([0, 1]))
+    for stage in (1, 2):
+        assert not config(stage, data=data).flip and not config(stage, data=data, flip=True).flip
+
+
+def test_cifar10_keeps_its_channels(tmp_path, monkeypatch):
+    from torchvision.datasets import CIFAR10
+    monkeypatch.setattr(CIFAR10, '_check_integrity', lambda self: True)
+    monkeypatch.setattr(CIFAR10, '_load_meta', lambda self: None)
+    folder = tmp_path / 'cifar-10-batches-py'
+    folder.mkdir()
+    red_then_green = bytes([200] * 1024 + [100] * 1024 + [0] * 1024)
+    for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
+        import numpy as np
+        data = np.frombuffer(red_then_green, dtype=np.uint8)[None]
+        (folder / name).write_bytes(pickle.dumps(dict(data=data, labels=[7])))
+    images = dv.load_images('cifar10', tmp_path)
+    assert images.pixels.shape == (5, 3, 32, 32) and images.labels['class'].tolist() == [7] * 5
+    assert (255 * images.batch([0]).mean((2, 3))).round().tolist() == [[200, 100, 0]]
+
+
+def picture(path, colour=(255, 0, 0), size=(40, 30), mode='RGB'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, colour).convert(mode).save(path)
+
+
+def test_folder_of_mixed_images(tmp_path, capsys):
+    """Nested folders, sizes and modes; a broken file is named and skipped."""
+    for i in range(30):
+        picture(tmp_path / f'a{i % 3}' / f'{i}.png', size=(20 + i, 50 - i))
+    for i, mode in enumerate(('L', 'P', 'RGBA', 'CMYK', '1')):
+        picture(tmp_path / f'mode{i}.{"jpg" if mode == "CMYK" else "png"}', mode=mode)
+    (tmp_path / 'broken.png').write_bytes(b'no image')
+    (tmp_path / 'notes.txt').write_text('not counted')
+    train, held_out = (dv.load_images(tmp_path, size=16, train=train) for train in (True, False))
+    assert len(train) + len(held_out) == 35 and len(held_out) >= 1
+    assert train.pixels.shape[1:] == (3, 16, 16)
+    assert 'broken.png' in capsys.readouterr().err
+
+
+def test_folder_sixteen_bits_are_scaled_not_clipped(tmp_path):
+    for i in range(2):
+        Image.new('I;16', (8, 8), 128 * 256).save(tmp_path / f'{i}.png')
+    assert (255 * dv.load_images(tmp_path, size=8).batch([0])).round().unique().tolist() == [128]
+
+
+def test_folder_is_cropped_at_the_centre(tmp_path):
+    wide = Image.new('RGB', (96, 32), (0, 0, 255))
+    wide.paste((255, 255, 255), (32, 0, 64, 32))
+    for i in range(2):
+        wide.save(tmp_path / f'{i}.png')
+    assert dv.load_images(tmp_path, size=32).batch([0])[..., 2:-2].min() > 0.95
+
+
+def test_folder_held_out_images_stay_held_out(tmp_path):
+    """Five percent, by name: the same for a moved folder, disjoint from training, and stable."""
+    import shutil
+    colours = [(i, j, 0) for i in range(0, 250, 10) for j in range(0, 240, 20)]
+    for i, colour in enumerate(colours):
+        picture(tmp_path / 'one' / f'{i}.png', colour, (8, 8))
+    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
+    for i in range(20):
+        picture(tmp_path / 'two' / f'new{i}.png', (0, 0, 255), (8, 8))
+    colour_set = lambda folder, train: {tuple(image[:, 0, 0].tolist()) for image in
+                                        dv.load_images(folder, size=8, train=train).pixels}
+    held_out = colour_set(tmp_path / 'one', False)
+    assert not held_out & colour_set(tmp_path / 'one', True)
+    assert held_out <= colour_set(tmp_path / 'two', False)
+    assert 5 <= len(held_out) <= 30
+
+
+def test_large_sets_are_read_from_files_when_asked_for(tmp_path):
+    """Over 1 GB only names are kept; an unreadable file gives way to the next."""
+    opened = []
+
+    def open_image(i):
+        opened.append(i)
+        if i == 5:
+            raise OSError('broken')
+        return Image.new('RGB', (64, 64), (i % 256, 0, 0))
+
+    images = dv.Images([f'{i}.png' for i in range(100_000)], open_image=open_image)
+    assert len(images) == 100_000 and len(opened) == 1
+    x = images.batch(torch.tensor([7, 5, 300]))
+    assert (255 * x[:, 0, 0, 0]).round().tolist() == [7, 6, 300 % 256]
+
+
+def test_every_epoch_visits_every_image_once():
+    """20 steps of 5 from 25 images are 4 epochs; any step can be computed alone."""
+    steps = [dv.batch_indices(25, 5, 0, step) for step in range(20)]
+    epochs = torch.cat(steps).view(4, 25)
+    assert all(sorted(epoch.tolist()) == list(range(25)) for epoch in epochs)
+    assert not torch.equal(epochs[0], epochs[1])
+    assert torch.equal(dv.batch_indices(25, 5, 0, 13), steps[13])
+    assert not torch.equal(dv.batch_indices(25, 5, 1, 0), steps[0])
+    assert sorted(dv.batch_indices(3, 7, 0, 0).tolist())[:2] == [0, 0]  # a batch larger than the set
+
+
+# 2. VAE -------------------------------------------------------------------------------------------
+
+
+def test_kl_agrees_with_monte_carlo_and_with_torch():
+    mu, logvar = randn(3, 5, seed=1), randn(3, 5, seed=2)
+    q, p = Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)
+    assert torch.allclose(dv.kl_divergence(mu, logvar), kl_divergence(q, p).sum(1))
+    z = mu + (logvar / 2).exp() * randn(200_000, 3, 5, seed=3)
+    estimate = (q.log_prob(z) - p.log_prob(z)).sum(2).mean(0)
+    assert torch.allclose(dv.kl_divergence(mu, logvar), estimate, rtol=0.02)
+
+
+def test_reparameterized_samples_have_mean_mu_and_variance_exp_logvar():
+    mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, -1.0]])
+    z = dv.reparameterize(mu, logvar, randn(400_000, 2, dtype=torch.float32))
+    assert torch.allclose(z.mean(0), mu[0], atol=0.01)
+    assert torch.allclose(z.var(0), logvar[0].exp(), rtol=0.02)
+
+
+def test_reparameterization_gradient_is_that_of_the_expectation():
+    """d E[z^2] / d mu = 2 mu and d E[z^2] / d logvar = sigma^2: closed forms of a known integral."""
+    mu, logvar = torch.tensor([0.7], requires_grad=True), torch.tensor([0.4], requires_grad=True)
+    eps = randn(400_000, 1, dtype=torch.float32)
+    dv.reparameterize(mu, logvar, eps).square().mean().backward()
+    assert torch.allclose(mu.grad, 2 * mu.detach(), rtol=0.02)
+    assert torch.allclose(logvar.grad, logvar.detach().exp(), rtol=0.02)
+
+
+@pytest.mark.parametrize('alpha', [1.0, 0.1])
+def test_loss_is_the_negative_elbo_of_a_gaussian_decoder(alpha):
+    """alpha = 2 sigma_x^2: loss = alpha (-log N(x; x_hat, sigma_x^2) + KL) + const, batch mean."""
+    x, x_hat = randn(2, 4, 3, 5, 5, seed=1).sigmoid()
+    mu, logvar = randn(2, 4, 6, seed=2)
+    loss, squared_error, kl = dv.negative_elbo(x, x_hat, mu, logvar, alpha)
+    sigma = (alpha / 2) ** 0.5
+    log_p = Normal(x_hat, sigma).log_prob(x) - Normal(0.0, sigma).log_prob(torch.tensor(0.0))
+    kl_torch = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
+    bound = [alpha * (kl_torch[i].sum() - log_p[i].sum()) for i in range(4)]
+    assert torch.allclose(loss, sum(bound) / 4)
+    assert torch.allclose(squared_error + alpha * kl, loss)
+
+
+def test_backbone_reads_the_shorthand():
+    """Blocks, pooling, upsampling and width changes at the right places, 1x1 kernels at 1x1."""
+    width = {8: 4, 4: 6, 1: 10}
+    down, up = dv.backbone('8x2,8d2,8t4,4d4,4t1,1x1', width), dv.backbone('1u4,1t4,4u2,4t8', width)
+    x = randn(2, 4, 8, 8, dtype=torch.float32)
+    assert down(x).shape == (2, 10, 1, 1) and up(down(x)).shape == x.shape
+    blocks = [m for m in down if isinstance(m, dv.VAEBlock)]
+    assert [[c.kernel_size[0] for c in b.convs] for b in blocks] == [[1, 3, 3, 1]] * 4 + [[1] * 4]
+    assert [b.convs[0].out_channels for b in blocks] == [2, 2, 2, 3, 5]
+    assert all(not c.bias.any() for b in blocks for c in b.convs)
+    assert all(m.bias is None for m in [*down, *up] if isinstance(m, nn.Conv2d))
+    pooled = down[3](x)
+    assert torch.allclose(pooled[0, 0, 0, 0], x[0, 0, :2, :2].mean())
+    assert torch.equal(up[0](x)[..., :4, :4], x[..., :1, :1].expand(-1, -1, 4, 4))
+    for bad in ('8y2', '8x', 'x2', ''):
+        with pytest.raises(ValueError, match='none of'):
+            dv.backbone(bad, width)
+
+
+def test_vae_block_is_a_residual_of_gelu_then_convolution():
+    block = dv.VAEBlock(4, 8)
+    h = r = randn(2, 4, 8, 8, dtype=torch.float32)
+    for conv in block.convs:
+        r = conv(torch.nn.functional.gelu(r))
+    assert torch.allclose(block(h), h + r)
+
+
+def test_vae_maps_images_to_codes_and_back():
+    vae = tiny().vae
+    x = torch.rand(3, 1, 8, 8)
+    mu, logvar = vae.encode(x)
+    assert mu.shape == logvar.shape == (3, 4) and not torch.equal(mu, logvar)
+    x_hat = vae.decode(50 * mu)
+    assert x_hat.shape == x.shape and 0 <= x_hat.min() and x_hat.max() <= 1
+    assert vae.mu.bias is None and vae.logvar.bias is None and vae.stem.bias is None
+    eps = randn(3, 4, dtype=torch.float32)
+    by_hand = dv.negative_elbo(x, vae.decode(mu + (logvar / 2).exp() * eps), mu, logvar)
+    assert torch.allclose(vae(x, eps)[0], by_hand[0])
+
+
+# 3. DIFFUSION -------------------------------------------------------------------------------------
+
+
+def test_schedule():
+    alpha_bar = dv.linear_schedule(T)
+    beta, product = [1e-4 + (0.02 - 1e-4) * t / (T - 1) for t in range(T)], 1.0
+    for t in range(T):
+        product *= 1 - beta[t]
+        assert abs(alpha_bar[t].item() / product - 1) < 1e-9
+    assert alpha_bar.dtype == torch.float64 and dv.Diffusion(T).alpha_bar.dtype == torch.float32
+
+
+def test_q_sample_agrees_with_noising_step_by_step():
+    """Mean and variance after 300 steps y <- sqrt(1 - beta) y + sqrt(beta) noise."""
+    y_0, t = 0.8, 299
+    y = torch.full((50_000,), y_0, dtype=torch.float64)
+    g = torch.Generator().manual_seed(0)
+    for beta in torch.linspace(1e-4, 0.02, T)[:t + 1]:
+        y = (1 - beta) ** 0.5 * y + beta**0.5 * torch.randn(50_000, generator=g)
+    at_once = dv.q_sample(torch.tensor(y_0), ALPHA_BAR[t], randn(50_000))
+    assert abs(at_once.mean() - y.mean()) < 0.01
+    assert abs(at_once.var() / y.var() - 1) < 0.03
+
+
+def test_q_sample_noises_every_image_by_its_own_t():
+    diffusion, seen = dv.Diffusion(T), {}
+
+    def eps_theta(y, t):
+        seen.update(y=y, t=t)
+        return torch.zeros_like(y)
+
+    x_0, eps, t = randn(3, 2, 4, 4, seed=1), randn(3, 2, 4, 4, seed=2), torch.tensor([0, 500, 999])
+    loss = diffusion.loss(eps_theta, x_0, t, eps)
+    for i in range(3):
+        by_hand = ALPHA_BAR[t[i]].sqrt() * x_0[i] + (1 - ALPHA_BAR[t[i]]).sqrt() * eps[i]
+        assert torch.allclose(seen['y'][i], by_hand, atol=1e-5)
+    assert torch.equal(seen['t'], t) and torch.allclose(loss, eps.square().mean())
+
+
+def test_predict_x0_inverts_q_sample():
+    x_0, eps = randn(4, 5, seed=1), randn(4, 5, seed=2)
+    for t in (0, 10, 500, 999):
+        y = dv.q_sample(x_0, ALPHA_BAR[t], eps)
+        assert torch.allclose(dv.predict_x0(y, ALPHA_BAR[t], eps), x_0)
+
+
+@pytest.mark.parametrize('t, t_next', [(1, 0), (700, 699), (999, 998), (900, 400), (5, 0)])
+def test_posterior_is_bayes_rule(t, t_next):
+    """log q(y_t|y_next) + log q(y_next|x_0), on a fine grid of y_next, normalised numerically."""
+    x_0, y_t = 0.3, -0.9
+    a, b = ALPHA_BAR[t], ALPHA_BAR[t_next]
+    mean, variance = dv.q_posterior(torch.tensor(x_0).double(), torch.tensor(y_t).double(), a, b)
+    y = mean + variance.sqrt() * torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    beta = 1 - a / b
+    if t_next == t - 1:
+        assert abs(beta - torch.linspace(1e-4, 0.02, T, dtype=torch.float64)[t]) < 1e-9
+    log_density = (Normal((1 - beta).sqrt() * y, beta.sqrt()).log_prob(torch.tensor(y_t).double())
+                   + Normal(b.sqrt() * x_0, (1 - b).sqrt()).log_prob(y))
+    weight = log_density.softmax(0)
+    assert abs((weight * y).sum() - mean) < 1e-6
+    assert abs((weight * (y - mean) ** 2).sum() / variance - 1) < 1e-6
+
+
+def test_change_of_variables():
+    """Formulation 2's own forward chain, marginal and posterior are ours in y_t = x_t - x_hat."""
+    x_0, x_hat, n = 0.6, 0.4, 100_000
+    g = torch.Generator().manual_seed(0)
+    beta = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
+    noise = lambda: torch.randn(n, generator=g, dtype=torch.float64)
+    x = (1 - beta[0]).sqrt() * x_0 + x_hat + beta[0].sqrt() * noise()  # q(x_1|x_0, x_hat)
+    for t in range(1, 200):  # q(x_t|x_t-1, x_hat)
+        x = (1 - beta[t]).sqrt() * x + (1 - (1 - beta[t]).sqrt()) * x_hat + beta[t].sqrt() * noise()
+    y = dv.q_sample(torch.tensor(x_0), ALPHA_BAR[199], noise())
+    assert abs((y + x_hat).mean() - x.mean()) < 0.01 and abs(y.var() / x.var() - 1) < 0.03
+    # posterior mean of Formulation 2: c_0 x_0 + c_t x_t + (1 - c_t) x_hat for t > 1; at t = 1: x_0
+    for t in (1, 2, 500):
+        x_t = torch.tensor(0.123, dtype=torch.float64)
+        alpha, a, b = 1 - beta[t], ALPHA_BAR[t], ALPHA_BAR[t - 1]
+        c_0, c_t = b.sqrt() * beta[t] / (1 - a), alpha.sqrt() * (1 - b) / (1 - a)
+        theirs = c_0 * x_0 + c_t * x_t + (1 - c_t) * x_hat
+        ours, _ = dv.q_posterior(x_0, x_t - x_hat, a, b)
+        assert torch.allclose(ours + x_hat, theirs)
+    last, variance = dv.q_posterior(torch.tensor(x_0), torch.tensor(9.0), ALPHA_BAR[0], 1.0)
+    assert torch.allclose(last, torch.tensor(x_0).double().to(last.dtype)) and variance == 0
+
+
+def test_formulation_2_sampled_in_x_agrees_with_ours_in_y():
+    """The paper's own chain: from N(x_hat, I), posterior with (1 - c_t) x_hat, y_0 = x_0 last."""
+    model = tiny('2', T=20)
+    a = [*dv.linear_schedule(20).tolist()]
+    z, start, noises = randn(2, 4).float(), randn(2, 1, 8, 8).float(), randn(20, 2, 1, 8, 8).float()
+    with torch.no_grad():
+        x_hat = 2 * model.vae.decode(z) - 1
+        x = start + x_hat
+        for i, t in enumerate(range(19, -1, -1)):
+            eps = model.unet(torch.cat([x, x_hat], 1), torch.full((2,), t))
+            if t == 0:
+                x = ((x - x_hat - (1 - a[0]) ** 0.5 * eps) / a[0] ** 0.5).clamp(-1, 1)
+                break
+            x_0 = ((x - x_hat - (1 - a[t]) ** 0.5 * eps) / a[t] ** 0.5).clamp(-1, 1)
+            beta = 1 - a[t] / a[t - 1]
+            c_t = (1 - beta) ** 0.5 * (1 - a[t - 1]) / (1 - a[t])
+            x = (a[t - 1] ** 0.5 * beta / (1 - a[t]) * x_0 + c_t * x + (1 - c_t) * x_hat
+                 + (beta * (1 - a[t - 1]) / (1 - a[t])) ** 0.5 * noises[i])
+    rest = iter(noises)
+    draft, refined = model.generate(z, start, lambda: next(rest), steps=20, sampler='ddpm',
+                                    spacing='uniform', sigma='small')
+    assert torch.allclose(draft, (x_hat + 1) / 2) and torch.allclose(refined, (x + 1) / 2, atol=1e-5)
+
+
+@pytest.mark.parametrize('t, t_next', [(999, 998), (999, 300), (40, 3), (1, 0)])
+def test_ddim_with_eta_1_is_the_ancestral_step_with_small_sigma(t, t_next):
+    a, b = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
+    y, x_0, noise = randn(3, 50)
+    small, ddim = dv.ddpm_step(y, x_0, a, b, noise, 'small'), dv.ddim_step(y, x_0, a, b, noise, 1.0)
+    assert torch.allclose(small, ddim)
+    large = dv.ddpm_step(y, x_0, a, b, noise, 'large') - dv.ddpm_step(y, x_0, a, b, 0 * noise)
+    assert torch.allclose(large, (1 - a / b) ** 0.5 * noise)
+
+
+def test_last_step_adds_no_noise():
+    y, x_0, noise = randn(3, 50)
+    for step in (partial(dv.ddpm_step, sigma='large'), partial(dv.ddpm_step, sigma='small'),
+                 partial(dv.ddim_step, eta=0.0), partial(dv.ddim_step, eta=1.0)):
+        assert torch.allclose(step(y, x_0, ALPHA_BAR[30].item(), 1.0, 1e3 * noise), x_0)
+    assert torch.equal(dv.dpmpp_step(y, x_0, ALPHA_BAR[30].item(), 1.0, (y, 0.1)), x_0)
+
+
+SAMPLERS = [dict(sampler='ddpm', sigma='small'), dict(sampler='ddpm', sigma='large'),
+            dict(sampler='ddim'), dict(sampler='ddim', eta=1.0), dict(sampler='dpm++')]
+
+
+@pytest.mark.parametrize('how', SAMPLERS, ids=str)
+@pytest.mark.parametrize('steps, spacing, tolerance', [(1000, 'uniform', 0.03), (250, 'uniform', 0.1),
+                                                       (250, 'quadratic', 0.1)])
+def test_samplers_reproduce_a_known_gaussian(how, steps, spacing, tolerance):
+    """x_0 ~ N(0.3, 0.1^2) has the exact denoiser eps = (y - sqrt(a) m) sqrt(1-a) / (a s^2 + 1-a)."""
+    mean, s = 0.3, 0.1
+    calls = []
+
+    def exact(y, t):
+        a = ALPHA_BAR[t[0]].item()
+        calls.append(int(t[0]))
+        return (y - a**0.5 * mean) * (1 - a) ** 0.5 / (a * s**2 + 1 - a)
+
+    g = torch.Generator().manual_seed(0)
+    noise = lambda: torch.randn(4000, 1, 1, 1, generator=g, dtype=torch.float64)
+    if spacing == 'quadratic':  # starts at 0.8 T: give it the right variance there
+        start = ALPHA_BAR[800]
+        y_T = start.sqrt() * mean + (start * s**2 + 1 - start).sqrt() * noise()
+    else:
+        y_T = noise()
+    x = dv.Diffusion(T).sample(exact, y_T, noise, steps, spacing=spacing, **how)
+    assert len(calls) == steps == len(set(calls)) and calls == sorted(calls, reverse=True)
+    assert abs(x.mean() - mean) < 0.01
+    if how.get('sigma') == 'large' and steps < 1000:
+        assert x.std() > 0.9 * s  # too much noise a step on a coarse grid: known, not an error
+    else:
+        assert abs(x.std() / s - 1) < tolerance + 0.02
+
+
+def test_dpmpp_is_more_accurate_than_ddim_in_few_steps():
+    """The exact ODE maps a quantile to the same quantile; second order comes closer to it."""
+    mean, s = 0.2, 0.3
+
+    def exact(y, t):
+        a = ALPHA_BAR[t[0]].item()
+        return (y - a**0.5 * mean) * (1 - a) ** 0.5 / (a * s**2 + 1 - a)
+
+    a = ALPHA_BAR[-1].item()
+    quantile = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64).view(7, 1, 1, 1)
+    y_T = a**0.5 * mean + (a * s**2 + 1 - a) ** 0.5 * quantile
+    error = {}
+    for sampler in ('ddim', 'dpm++'):
+        x = dv.Diffusion(T).sample(exact, y_T, lambda: 0, 50, sampler, 'uniform')
+        error[sampler] = (x - mean - s * quantile).abs().max().item()
+    assert error['dpm++'] < error['ddim'] / 2, error
+
+
+def test_x_0_is_clipped_before_it_is_used_and_eps_follows():
+    """An absurd network: every x_0 is clipped, so DDIM lands exactly on a noisy version of +-1."""
+    y_T = randn(2, 1, 4, 4)
+    seen = []
+
+    def eps_theta(y, t):
+        seen.append(y)
+        return -1e4 * torch.ones_like(y)  # predicts x_0 = +infinity
+
+    x = dv.Diffusion(T).sample(eps_theta, y_T, lambda: 0, 2, 'ddim', 'uniform')
+    a, b = ALPHA_BAR[999].item(), ALPHA_BAR[499].item()
+    eps = (y_T - a**0.5) / (1 - a) ** 0.5
+    assert torch.allclose(seen[1], b**0.5 + (1 - b) ** 0.5 * eps) and torch.equal(x, torch.ones_like(x))
+
+
+def test_time_grids_for_every_number_of_steps():
+    for total in (1, 2, 3, 10, 1000):
+        for spacing in ('uniform', 'quadratic'):
+            for n in range(1, total + 1):
+                grid = dv.time_grid(total, n, spacing)
+                assert len(grid) == n and sorted(set(grid), reverse=True) == grid
+                assert 0 <= grid[-1] and grid[0] < total
+                if spacing == 'uniform' or n == 1:
+                    assert grid[0] == total - 1
+    assert dv.time_grid(1000, 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
+    assert dv.time_grid(1000, 5, 'quadratic') == [800, 450, 200, 50, 0]
+    assert dv.time_grid(1000, 1000) == list(range(999, -1, -1))
+
+
+def test_truncated_chain_starts_at_start():
+    calls = []
+    eps_theta = lambda y, t: calls.append(int(t[0])) or torch.zeros_like(y)
+    dv.Diffusion(T).sample(eps_theta, randn(1, 1, 2, 2), lambda: 0, 4, spacing='uniform', start=4)
+    assert calls == [3, 2, 1, 0]
+
+
+# 4. U-NET -----------------------------------------------------------------------------------------
+
+
+def test_time_embedding_by_hand():
+    zero, t = dv.time_embedding(torch.tensor([0, 37]), 8)
+    assert zero.tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    angles = [37 * 10 ** (-4 * i / 4) for i in range(4)]
+    by_hand = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
+    assert torch.allclose(t, torch.tensor(by_hand), atol=1e-5)
+
+
+@pytest.mark.parametrize('heads', [1, 4])
+def test_attention_agrees_with_a_loop_over_heads_and_pixels(heads):
+    layer = dv.Attention(8, heads).double()
+    nn.init.normal_(layer.out.weight)
+    h = randn(2, 8, 3, 4)
+    qkv = layer.qkv(layer.norm(h))
+    q, k, v = qkv.flatten(2).chunk(3, dim=1)  # [2, 8, 12] each
+    d, mixed = 8 // heads, torch.zeros(2, 8, 12, dtype=torch.float64)
+    for b in range(2):
+        for head in range(heads):
+            rows = slice(head * d, (head + 1) * d)
+            for i in range(12):
+                score = torch.stack([q[b, rows, i] @ k[b, rows, j] for j in range(12)]) / d**0.5
+                mixed[b, rows, i] = v[b, rows] @ score.softmax(0)
+    assert torch.allclose(layer(h), h + layer.out(mixed.view(2, 8, 3, 4)))
+
+
+def test_network_output_is_zero_at_the_start():
+    """Zero-initialised: the head, and the last convolution of every block and attention."""
+    net = dv.UNet(2, 1, 8, 8, [1, 2], 1, [4], heads=2)
+    assert not net(torch.randn(2, 2, 8, 8), torch.tensor([3, 999])).any()
+    for module in net.modules():
+        if isinstance(module, dv.ResBlock):
+            assert not module.conv2.weight.any() and not module.conv2.bias.any()
+        if isinstance(module, dv.Attention):
+            assert not module.out.weight.any() and not module.out.bias.any()
+
+
+def test_res_block_by_hand():
+    """GroupNorm, SiLU, conv; + Linear(SiLU(emb)); GroupNorm, SiLU, conv; skip by a 1x1 conv."""
+    block = dv.ResBlock(8, 12, 6, 0.0, scale_shift=False).double()
+    nn.init.normal_(block.conv2.weight)
+    h, emb, silu = randn(2, 8, 4, 4, seed=1), randn(2, 6, seed=2), nn.functional.silu
+    r = block.conv1(silu(block.norm1(h))) + block.emb(silu(emb))[:, :, None, None]
+    assert torch.allclose(block(h, emb), block.skip(h) + block.conv2(silu(block.norm2(r))))
+    assert block.skip.kernel_size == (1, 1)
+    block = dv.ResBlock(8, 8, 6, 0.0, scale_shift=True).double()
+    nn.init.normal_(block.conv2.weight)
+    scale, shift = block.emb(silu(emb))[:, :, None, None].chunk(2, dim=1)
+    r = block.norm2(block.conv1(silu(block.norm1(h)))) * (1 + scale) + shift
+    assert torch.allclose(block(h, emb), h + block.conv2(silu(r)))
+
+
+def test_group_norm_has_32_groups_at_the_papers_widths():
+    assert all(dv.group_norm(c).num_groups == 32 for c in (128, 256, 384, 512, 160, 480, 640, 1024))
+    assert all(c // dv.group_norm(c).num_groups >= 4 for c in (4, 8, 16, 24, 48, 64, 72, 96))
+
+
+def test_unet_layers_in_the_papers_order():
+    """Skips after the stem, each block and each downsampling; attention only where asked for."""
+    net = dv.UNet(6, 3, 32, 128, [1, 2, 2, 2], 2, [16], heads=8)
+    blocks = lambda part: [layers[0] for layers in part if isinstance(layers[0], dv.ResBlock)]
+    assert [b.conv1.in_channels for b in blocks(net.down)] == [128, 128, 128, 256, 256, 256, 256, 256]
+    assert [b.conv1.in_channels for b in blocks(net.up)] == [512] * 8 + [512, 512, 384] + [384, 256, 256][:0] \
+        or True
+    skips = [128] * 3 + [128, 256, 256, 256, 256, 256, 256, 256, 256][0:9]
+    ups = [b.conv1.in_channels for b in blocks(net.up)]
+    assert ups == [512, 512, 512, 512, 512, 512, 512, 512, 384, 384, 256, 256], ups
+    attention = [m for m in net.modules() if isinstance(m, dv.Attention)]
+    assert len(attention) == 2 + 3 + 1 and all(a.heads == 8 for a in attention)
+    assert sum(isinstance(m, nn.Upsample) for m in net.modules()) == 3
+    assert sum(m.stride == (2, 2) for m in net.modules() if isinstance(m, nn.Conv2d)) == 3
+    seen = []
+    for a in attention:
+        a.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    with torch.no_grad():
+        net(torch.zeros(1, 6, 32, 32), torch.tensor([0]))
+    assert seen == [16, 16, 4, 16, 16, 16]
+
+
+def test_dropout_only_in_training():
+    net = tiny('uncond', dropout=0.5).unet
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([5, 6])
+    assert not torch.equal(net.train()(x, t), net(x, t))
+    assert torch.equal(net.eval()(x, t), net(x, t))
+
+
+def test_network_sees_t_and_z():
+    net = tiny('1', z_cond=True).unet
+    x, t, z = torch.randn(1, 2, 8, 8), torch.tensor([5]), torch.randn(1, 4)
+    out = net(x, t, z)
+    assert not torch.equal(out, net(x, t + 400, z)) and not torch.equal(out, net(x, t, z + 1))
+
+
+def test_head_and_output_are_float32_when_the_trunk_is_bfloat16():
+    net, seen = tiny('uncond', bf16=True).unet, []
+    net.head.register_forward_hook(lambda m, inputs, out: seen.append((inputs[0].dtype, out.dtype)))
+    net.stem.register_forward_hook(lambda m, inputs, out: seen.append(out.dtype))
+    net(torch.randn(1, 1, 8, 8), torch.tensor([5]))
+    assert seen == [torch.bfloat16, (torch.float32, torch.float32)]
+
+
+COUNTS = dict(cifar10=(9_243_107, 35_749_763, 35_746_307), celeba64=(14_011_907, 82_644_099, 82_640_643),
+              celebahq128=(21_098_275, 95_167_747, 95_164_291),
+              celebahq256=(32_632_579, 113_676_675, 113_673_219))
+WITH_Z = dict(celeba64=87_306_243, celebahq128=100_420_355, celebahq256=119_585_923)
+
+
+@pytest.mark.parametrize('preset', COUNTS)
+def test_presets_have_the_papers_sizes_and_run(preset):
+    """Exact parameter counts; a training step of both stages and a sampling call on `meta`."""
+    given = dict(preset=preset, data='folder') if 'hq' in preset else dict(preset=preset)
+    with torch.device('meta'):
+        models = {form: dv_build_on_meta(config(2, form=form, **given)) for form in ('1', 'uncond')}
+        with_z = dv_build_on_meta(config(2, form='2', z_cond=True, **given))
+    assert (count(models['1'].vae), count(models['1'].unet), count(models['uncond'].unet)) == COUNTS[preset]
+    assert count(with_z.unet) == WITH_Z.get(preset, count(with_z.unet))
+    for model in (*models.values(), with_z):
+        train_and_sample_on_meta(model)
+    vae = models['1'].vae.requires_grad_(True)
+    loss = vae(torch.rand(2, *models['1'].image_shape, device='meta'),
+               torch.randn(2, vae.z_dim, device='meta'))[0]
+    loss.backward()
+    assert all(p.grad.device.type == 'meta' for p in vae.parameters())
+
+
+def dv_build_on_meta(c):
+    """Like dv.build, but without the memory."""
+    channels = 1 if c.data in dv.GREY else 3
+    vae = dv.VAE(channels, c.size, c.encoder, c.decoder, c.width) if c.form != 'uncond' else None
+    net = dv.UNet(channels * (2 if vae else 1), channels, c.size, c.channels, c.multipliers, c.blocks,
+                  c.attention, c.heads, c.dropout, vae.z_dim if c.z_cond else 0)
+    with torch.device('cpu'):
+        diffusion = dv.Diffusion(c.timesteps)
+    return dv.DiffuseVAE(vae, net, diffusion.to('meta'), c.form, (channels, c.size, c.size))
+
+
+def train_and_sample_on_meta(model):
+    """No tensor of a step is anywhere but on `meta`."""
+    noise = [tensor.to('meta') for tensor in model.noise(2, dv.generator(0))]
+    loss, = model(torch.rand(2, *model.image_shape, device='meta'), *noise)
+    loss.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    torch.optim.Adam(trained).step()
+    assert loss.device.type == 'meta' and all(p.grad.device.type == 'meta' for p in trained)
+    z = torch.randn(2, model.vae.z_dim, device='meta') if model.vae else None
+    y_T = torch.randn(2, *model.image_shape, device='meta')
+    for how in SAMPLERS:
+        _, refined = model.generate(z, y_T, lambda: torch.randn_like(y_T), steps=2, **how)
+        assert refined.device.type == 'meta' and refined.shape == y_T.shape
+
+
+def test_other_counts_of_the_paper():
+    """CIFAR-10 without attention beside the middle, with z, and the large network."""
+    with torch.device('meta'):
+        net = lambda **more: count(dv.UNet(6, 3, 32, **dict(channels=128, multipliers=[1, 2, 2, 2],
+                                                            blocks=2, heads=8) | more))
+        assert net() == 34_431_363 and net(z_dim=512) == 37_517_571
+        assert net(channels=160, blocks=3) == 70_875_203
+        c = config(2, preset='cifar10')
+        vae = dv.VAE(3, 32, c.encoder, c.decoder, c.width)
+    assert count(vae.decoder) + count(vae.head) == 3_412_579
+
+
+def test_preset_settings():
+    """The numbers of the paper's training, as section 4 of the brief gives them."""
+    c = config(2, preset='cifar10')
+    assert (c.lr, c.warmup, c.clip, c.ema, c.flip) == (2e-4, 5000, 1.0, 0.9999, True)
+    assert (c.batch, c.heads, c.dropout, c.steps) == (256, 8, 0.3, 556_640)
+    c = config(1, preset='cifar10')
+    assert (c.lr, c.batch, c.steps, c.flip, c.ema, c.clip, c.alpha) == (1e-4, 128, 195_312, False, 0,
+                                                                        math.inf, 1.0)
+    c = config(2, preset='celebahq256', data='x')
+    assert (c.lr, c.dropout, c.batch, c.size, c.steps) == (2e-5, 0.1, 64, 256, 468_750)
+    assert config(1, preset='celebahq128', data='x').flip and not config(1, preset='celeba64').flip
+    assert config(2, preset='cifar10', channels=160, blocks=3).channels == 160
+
+
+def test_cifar10_preset_trains_for_real():
+    """One step of both stages and one sampling call at the paper's size, batch 2."""
+    c = config(2, preset='cifar10', precision='float32')
+    model = dv.build(c)
+    vae_loss, *_ = model.vae(torch.rand(2, 3, 32, 32), torch.randn(2, 512))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=c.lr)
+    loss, = model(torch.rand(2, 3, 32, 32), *model.noise(2, dv.generator(0)))
+    loss.backward()
+    optimizer.step()
+    _, refined = model.generate(torch.randn(1, 512), torch.randn(1, 3, 32, 32), None, steps=1)
+    assert vae_loss.isfinite() and abs(loss - 1) < 0.1 and refined.shape == (1, 3, 32, 32)
+
+
+# 5. THE TWO-STAGE MODEL ---------------------------------------------------------------------------
+
+
+def test_what_the_network_is_shown():
+    """Formulation 1: [x_t, x_hat]; 2: [y_t + x_hat, x_hat]; the baseline: x_t alone."""
+    for form in ('1', '2', 'uncond'):
+        model, seen = tiny(form), []
+        model.unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+        y_t, x_hat = torch.randn(2, 1, 8, 8), torch.rand(2, 1, 8, 8)
+        model.eps_theta(y_t, torch.tensor([3, 4]), x_hat, None)
+        shown = {'1': [y_t, x_hat], '2': [y_t + x_hat, x_hat], 'uncond': [y_t]}[form]
+        assert torch.equal(seen[0], torch.cat(shown, 1))
+
+
+@pytest.mark.parametrize('form', ['1', '2'])
+def test_stage_2_trains_on_the_reconstruction_from_a_sampled_z(form):
+    """x_hat = 2 f(mu + sigma eps_z) - 1 of the same image; x_0 = 2 x - 1; the loss by hand."""
+    model = tiny(form)
+    x, t, eps, eps_z = torch.rand(2, 1, 8, 8), torch.tensor([100, 900]), torch.randn(2, 1, 8, 8), torch.randn(2, 4)
+    mu, logvar = model.vae.encode(x)
+    x_hat = 2 * model.vae.decode(mu + (logvar / 2).exp() * eps_z) - 1
+    a = ALPHA_BAR[t].float().view(2, 1, 1, 1)
+    x_t = a.sqrt() * (2 * x - 1) + (1 - a).sqrt() * eps + (x_hat if form == '2' else 0)
+    by_hand = (model.unet(torch.cat([x_t, x_hat], 1), t) - eps).square().mean()
+    assert torch.allclose(model(x, eps_z, t, eps)[0], by_hand, atol=1e-6)
+
+
+def test_stage_2_leaves_the_vae_untouched():
+    model = tiny('1').train()
+    assert model.unet.training and not any(module.training for module in model.vae.modules())
+    before = {name: p.clone() for name, p in model.vae.state_dict().items()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        model(torch.rand(4, 1, 8, 8), *model.noise(4, dv.generator(step)))[0].backward()
+        optimizer.step()
+    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
+    assert all(torch.equal(before[name], p) for name, p in model.vae.state_dict().items())
+
+
+def test_training_times_are_uniform():
+    """Every index 0 ... T - 1 is drawn with the same frequency, also with a batch that is not 2^k."""
+    model = tiny('1', T=10)
+    t = torch.cat([model.noise(7, dv.generator(i))[1] for i in range(3000)])
+    frequency = torch.bincount(t, minlength=10) / len(t)
+    assert len(frequency) == 10 and (frequency - 0.1).abs().max() < 0.006
+
+
+def test_each_image_is_generated_from_its_own_z():
+    """Neither batch mates nor the order matter: no statistic is taken over the batch."""
+    model = tiny('2', z_cond=True).eval()
+    z, y_T = torch.randn(3, 4), torch.randn(3, 1, 8, 8)
+    how = dict(noise=lambda: 0, steps=4, sampler='ddim')
+    together, alone = model.generate(z, y_T, **how), model.generate(z[1:2], y_T[1:2], **how)
+    assert all(torch.allclose(a[1:2], b, atol=1e-5) for a, b in zip(together, alone))
+    assert not torch.equal(model.generate(z + 1, y_T, **how)[1], together[1])
+
+
+# 7. TRAINING --------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_mean_at_first_and_exponential_later():
+    """d_n = min(decay, (1 + n) / (10 + n)), by an independent loop of numbers."""
+    average, value, parameter = [torch.zeros(1)], 0.0, torch.zeros(1)
+    for n in range(300):
+        parameter.fill_(math.sin(n))
+        dv.ema_update(average, [parameter], n, 0.95)
+        d = 0.95 if (1 + n) / (10 + n) > 0.95 else (1 + n) / (10 + n)
+        value = value * d + math.sin(n) * (1 - d)
+        assert abs(average[0].item() - value) < 1e-5
+    dv.ema_update(average, [parameter], 300, 0.0)
+    assert torch.equal(average[0], parameter)
+
+
+def run(*args):
+    """diffusevae.main in process: (exit code, standard output, standard error)."""
+    return dv.main([str(arg) for arg in args])
+
+
+SMALL = ['--channels', 4, '--multipliers', '1', '--heads', 1, '--batch', 4, '--precision', 'float32']
+NARROW = ['--width', '32:4,16:4,8:4,4:4,1:4', '--batch', 4]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """A tiny run of both stages and all forms on shapes."""
+    out = tmp_path_factory.mktemp('run')
+    assert run('train', '--stage', 1, '--out', out, '--steps', 12, *NARROW) == 0
+    for form in ('1', '2', 'uncond'):
+        assert run('train', '--stage', 2, '--form', form, '--out', out, '--steps', 12, *SMALL) == 0
+    return out
+
+
+def test_training_writes_checkpoint_table_and_picture(trained):
+    for name, metrics in (('stage1', ['loss', 'squared_error', 'kl']), ('stage2-form1', ['loss'])):
+        rows = list(csv.DictReader((trained / f'{name}.csv').open()))
+        assert list(rows[0]) == ['step', *metrics, 'lr', 'images_per_s']
+        assert [row['step'] for row in rows] == ['10', '12']
+        assert Image.open(trained / f'{name}.png').width > 500
+    saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
+    first = torch.load(trained / 'stage1.pt', weights_only=True)
+    assert all(torch.equal(saved['model'][f'vae.{k}'], v) for k, v in first['model'].items())
+    assert saved['config']['width'] == first['config']['width'] and saved['config']['form'] == '2'
+    assert set(saved['ema']) == {k for k in saved['model'] if k.startswith('unet.')}
+    assert not torch.equal(saved['ema']['unet.stem.weight'], saved['model']['unet.stem.weight'])
+    assert torch.equal(first['ema']['stem.weight'], first['model']['stem.weight'])  # stage 1: no EMA
+
+
+def contents(path):
+    """Everything of a checkpoint that must not depend on interruptions."""
+    saved = torch.load(path, weights_only=True)
+    saved['rows'] = [row[:-1] for row in saved['rows']]  # images/s is a clock's
+    flat = {}
+
+    def walk(name, value):
+        if isinstance(value, dict):
+            for key in value:
+                walk(f'{name}/{key}', value[key])
+        else:
+            flat[name] = value.tolist() if isinstance(value, torch.Tensor) else value
+
+    walk('', {k: saved[k] for k in ('model', 'ema', 'optimizer', 'rows', 'step')})
+    return flat
+
+
+@pytest.mark.parametrize('stage', [1, 2])
+def test_resumed_training_is_bit_identical(trained, tmp_path, stage):
+    """20 steps at once, and 10 + 10 with dropout, flips, EMA and clipping on."""
+    import shutil
+    options = [*NARROW, '--flip'] if stage == 1 else [*SMALL, '--dropout', 0.3]
+    for name, parts in (('whole', [20]), ('parts', [10, 20])):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / 'stage1.pt', tmp_path / name) if stage == 2 else None
+        for steps in parts:
+            command = ['train', '--stage', stage, '--out', tmp_path / name, '--steps', steps]
+            assert run(*command, *options) == 0
+    name = 'stage1.pt' if stage == 1 else 'stage2-form1.pt'
+    assert contents(tmp_path / 'whole' / name) == contents(tmp_path / 'parts' / name)
+
+
+def test_resume_finish_extend_contradict(trained, capsys):
+    path = trained / 'stage2-uncond.pt'
+    before = path.read_bytes()
+    base = ['train', '--stage', 2, '--form', 'uncond', '--out', trained]
+    assert run(*base) == 0 and 'complete' in capsys.readouterr().out
+    assert run(*base, '--lr', 0.5) == 2
+    message = capsys.readouterr().err
+    assert '0.5' in message and '0.002' in message and message.count('\n') == 1
+    assert run(*base, '--data', 'mnist') == 2 and 'shapes' in capsys.readouterr().err
+    assert run(*base, '--steps', 5) == 2 and '12' in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_stage_2_inherits_from_stage_1(trained, capsys):
+    assert run('train', '--stage', 2, '--form', '2', '--out', trained, '--data', 'mnist') == 2
+    assert 'shapes' in capsys.readouterr().err
+    config = torch.load(trained / 'stage2-uncond.pt', weights_only=True)['config']
+    assert config['data'] == 'shapes' and config['width'] == {32: 4, 16: 4, 8: 4, 4: 4, 1: 4}
+
+
+def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dv, 'negative_elbo', lambda x, *rest: (x.sum() * math.nan,) * 3)
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 12, *NARROW) == 2
+    assert 'nan' in capsys.readouterr().err and not (tmp_path / 'stage1.pt').exists()
+
+
+# 8. SAMPLING --------------------------------------------------------------------------------------
+
+
+def load(out, form):
+    saved = torch.load(out / f'stage2-{form}.pt', weights_only=True)
+    model = dv.build(dv.Config(**saved['config']))
+    model.load_state_dict(saved['model'] | saved['ema'])
+    return model.eval()
+
+
+def test_samples_do_not_depend_on_their_number(trained):
+    """Image i of a chunk is the same whatever --num is; the next chunk is another."""
+    model, options = load(trained, 'form1'), dv.Sampling(steps=2)
+    few, many = (dv.sample_chunk(model, 'cpu', options, 0, n) for n in (3, 9))
+    assert all(torch.allclose(a, b[:3], atol=1e-5) for a, b in zip(few, many))
+    assert not torch.allclose(dv.sample_chunk(model, 'cpu', options, 1, 3)[0], few[0])
+
+
+def test_shared_noise_leaves_z_as_the_only_difference():
+    model = tiny('1', T=10)
+    model.vae.decode = lambda z: torch.full((len(z), 1, 8, 8), 0.5)  # as if all z were equal
+    for sampler, eta in (('ddpm', 0.0), ('ddim', 1.0)):
+        options = dv.Sampling(steps=5, sampler=sampler, eta=eta, shared_noise=True)
+        _, a = dv.sample_chunk(model, 'cpu', options, 0, 3)
+        _, b = dv.sample_chunk(model, 'cpu', options, 1, 3)
+        assert torch.allclose(a, a[:1].expand_as(a)) and torch.allclose(a, b)
+        options.shared_noise = False
+        _, a = dv.sample_chunk(model, 'cpu', options, 0, 3)
+        assert not torch.allclose(a[0], a[1])
+
+
+def test_temperature_scales_y_T():
+    model, seen = tiny('2', T=10), []
+    model.unet.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    for temperature in (1.0, 0.5):
+        dv.sample_chunk(model, 'cpu', dv.Sampling(steps=1, temperature=temperature), 0, 2)
+    y_1, y_half = (x[:, :1] - x[:, 1:] for x in seen)  # Formulation 2 is shown [y_t + x_hat, x_hat]
+    assert torch.allclose(0.5 * y_1, y_half, atol=1e-5)
+
+
+def test_sample_uses_the_averaged_weights(trained, tmp_path):
+    """With the average replaced by zeros, the same command gives another picture."""
+    import shutil
+    assert run('sample', '--out', trained, '--steps', 2, '--num', 4) == 0
+    shutil.copytree(trained, tmp_path / 'copy')
+    path = tmp_path / 'copy' / 'stage2-form1.pt'
+    saved = torch.load(path, weights_only=True)
+    saved['ema'] = {k: torch.ones_like(v) for k, v in saved['ema'].items()}
+    torch.save(saved, path)
+    assert run('sample', '--out', tmp_path / 'copy', '--steps', 2, '--num', 4) == 0
+    name = 'samples-form1.png'
+    assert (trained / name).read_bytes() != (tmp_path / 'copy' / name).read_bytes()
+
+
+def test_grid_has_each_draft_above_its_refined_image(trained):
+    assert run('sample', '--out', trained, '--form', '2', '--steps', 2, '--num', 20) == 0
+    grid = Image.open(trained / 'samples-form2.png')
+    assert grid.size == (2 * (16 * 33 + 1), 2 * (4 * 33 + 1))
+    model = load(trained, 'form2')
+    drafts, refined = dv.sample_chunk(model, 'cpu', dv.Sampling(steps=2), 0, 20)
+    pixel = lambda row, column: torch.tensor(grid.getpixel((2 * (column * 33 + 17), 2 * (row * 33 + 17))))
+    for row, images, i in ((0, drafts, 5), (1, refined, 5), (2, drafts, 18), (3, refined, 18)):
+        expected = (255 * images[i, :, 16, 16]).round().clamp(0, 255)
+        assert (pixel(row, i % 16) - expected).abs().max() <= 1
+
+
+def test_png_folder_is_restartable_and_refuses_other_settings(trained, tmp_path, capsys):
+    command = ['sample', '--out', trained, '--steps', 2, '--num', 66, '--png', tmp_path / 'p']
+    assert run(*command) == 0
+    files = sorted((tmp_path / 'p').glob('*/*.png'))
+    assert len(files) == 132 and files[0].name == '000000.png'
+    first = {path: path.read_bytes() for path in files}
+    files[65].unlink()  # drafts/000065.png, in the second chunk
+    stamp = files[0].stat().st_mtime_ns
+    assert run(*command) == 0
+    assert {path: path.read_bytes() for path in files} == first
+    assert files[0].stat().st_mtime_ns == stamp
+    assert run(*command, '--seed', 1) == 2 and 'seed' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == first
+    command = ['sample', '--out', trained, '--real', '--num', 3, '--png', tmp_path / 'real']
+    assert run(*command) == 0
+    known = {bytes(x.flatten().tolist()) for x in dv.load_images('shapes').pixels}
+    for path in (tmp_path / 'real' / 'real').glob('*.png'):
+        pixels = dv.pil_to_tensor(Image.open(path))
+        assert bytes(pixels.flatten().tolist()) in known
+
+
+def test_pixels_are_rounded_not_truncated():
+    assert dv.to_uint8(torch.tensor([[[[0.999, 0.5, 1.7, -1.0]]]]), 'shapes').flatten().tolist() == [255, 128, 255, 0]
+
+
+# 9. COMMAND LINE ----------------------------------------------------------------------------------
+
+
+BAD = [
+    (['train', '--stage', 3], '--stage'),
+    (['train'], '--stage'),
+    (['train', '--stage', 1, '--data', 'nothing'], 'nothing'),
+    (['train', '--stage', 1, '--steps', 0], '--steps'),
+    (['train', '--stage', 1, '--steps', 'x'], '--steps'),
+    (['train', '--stage', 1, '--lr', 'nan'], '--lr'),
+    (['train', '--stage', 1, '--lr', -1], '--lr'),
+    (['train', '--stage', 1, '--lr', 'inf'], '--lr'),
+    (['train', '--stage', 1, '--batch', 10**30], '--batch'),
+    (['train', '--stage', 1, '--alpha', 'nan'], '--alpha'),
+    (['train', '--stage', 1, '--device', 'cuda:7'], '--device'),
+    (['train', '--stage', 1, '--device', 'toaster'], '--device'),
+    (['train', '--stage', 1, '--encoder', '32y3'], '32y3'),
+    (['train', '--stage', 1, '--width', '32:4,8'], '--width'),
+    (['train', '--stage', 1, '--size', 40], '--size'),
+    (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
+    (['train', '--stage', 1, '--unknown', 3], '--unknown'),
+    (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'heads'),
+    (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1,1'], 'halve'),
+    (['train', '--stage', 2], '--stage 1'),
+    (['train', '--stage', 2, '--form', '3'], '--form'),
+    (['sample', '--num', 0], '--num'),
+    (['sample', '--steps', 0], '--steps'),
+    (['sample', '--eta', 'nan'], '--eta'),
+    (['sample', '--sampler', 'magic'], '--sampler'),
+    (['sample'], 'train --stage 2'),
+    (['paint'], 'paint'),
+    ([], 'COMMAND'),
+]
+
+
+@pytest.mark.parametrize('command, named', BAD, ids=lambda v: ' '.join(map(str, v))[-50:])
+def test_bad_input_is_one_line_and_exit_code_2(command, named, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*command) == 2
+    message = capsys.readouterr().err
+    assert message.count('\n') == 1 and message.startswith('error: ') and named in message
+    assert not list(tmp_path.rglob('*.pt'))
+
+
+def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monkeypatch):
+    """Empty, junk, damaged, swapped, unwritable: named, and nothing is overwritten."""
+    import shutil
+    import urllib.request
+
+    def no_network(*args, **kwargs):
+        raise OSError('no network in tests')
+
+    monkeypatch.setattr(urllib.request, 'urlopen', no_network)
+
+    def fails(*command):
+        capsys.readouterr()
+        assert run(*command) == 2
+        message = capsys.readouterr().err.splitlines()
+        assert message[-1].startswith('error: ') and 'Traceback' not in str(message)
+        return message[-1]
+
+    (tmp_path / 'empty').mkdir()
+    out = ['--out', tmp_path / 'o']
+    assert 'empty' in fails('train', '--stage', 1, '--data', tmp_path / 'empty', *out)
+    for i in range(3):
+        (tmp_path / 'empty' / f'{i}.png').write_bytes(b'junk')
+    assert 'can be read' in fails('train', '--stage', 1, '--data', tmp_path / 'empty', *out)
+    assert 'MNIST/raw' in fails('train', '--stage', 1, '--data', 'mnist', '--root', tmp_path, *out)
+    shutil.copytree(trained, tmp_path / 'copy')
+    good = (trained / 'stage2-form1.pt').read_bytes()
+    path = tmp_path / 'copy' / 'stage2-form1.pt'
+    for damaged in (b'', b'junk', good[:len(good) // 2], good[:-20], pickle.dumps(os.getcwd)):
+        path.write_bytes(damaged)
+        assert 'stage2-form1.pt' in fails('sample', '--out', tmp_path / 'copy')
+        assert 'stage2-form1.pt' in fails('train', '--stage', 2, '--out', tmp_path / 'copy')
+        assert path.read_bytes() == damaged
+    path.write_bytes((trained / 'stage1.pt').read_bytes())
+    assert 'stage 1' in fails('sample', '--out', tmp_path / 'copy')
+    path.write_bytes((trained / 'stage2-form2.pt').read_bytes())
+    assert 'form 2' in fails('sample', '--out', tmp_path / 'copy')
+    (tmp_path / 'file').write_text('a file, not a folder')
+    assert 'file' in fails('train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *NARROW)
+    assert '--steps' in fails('sample', '--out', trained, '--steps', 1001)
+    assert '--start' in fails('sample', '--out', trained, '--steps', 5, '--start', 4)
+    assert '--num' in fails('sample', '--out', trained, '--num', 65)
+    assert '--real' in fails('sample', '--out', trained, '--real')
+
+
+def test_commands_as_processes(tmp_path):
+    """train, train, sample as a user types them; progress without a terminal; help for all."""
+    def start(*args):
+        command = [sys.executable, dv.__file__, *map(str, args)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+
+    first = start('train', '--stage', 1, '--steps', 20, *NARROW)
+    assert first.returncode == 0, first.stderr
+    assert 'squared_error' in first.stdout and 'min left' in first.stdout and '\r' not in first.stdout
+    assert start('train', '--stage', 2, '--steps', 10, *SMALL).returncode == 0
+    assert start('sample', '--steps', 2, '--num', 4).returncode == 0
+    assert (tmp_path / 'runs/shapes/samples-form1.png').exists()
+    bad = start('train', '--stage', 1, '--lr', 'nan')
+    assert (bad.returncode, bad.stdout, bad.stderr.count('\n')) == (2, '', 1)
+    assert '--temperature' in start('sample', '--help').stdout
