@@ -57,22 +57,21 @@ def generator(*key):
 
 def draw_shapes(n, generator, size=32):
     """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn; the stripes, 4.5 pixels a period at a random angle and
+    # The factors are what a VAE can learn; the stripes, 5 pixels a period at a random angle and
     # phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
-    kind, hue, ground = (4 * u[0]).long(), u[1], u[2]
-    center_x, center_y, radius = 0.38 + 0.24 * u[3], 0.38 + 0.24 * u[4], 0.24 + 0.12 * u[5]
+    kind, hue, ground = (3 * u[0]).long(), u[1], u[2]
+    center_x, center_y, radius = 0.38 + 0.24 * u[3], 0.38 + 0.24 * u[4], 0.25 + 0.12 * u[5]
     angle, phase = math.pi * u[6], 2 * math.pi * u[7]
     pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
     x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
-    # Distance to the outline, negative inside, of a circle, square, triangle and cross.
-    bars = [torch.maximum(a.abs() - radius, b.abs() - 0.35 * radius) for a, b in ((x, y), (y, x))]
+    # Distance to the outline, negative inside, of a circle, a square and a triangle.
     distance = torch.stack([(x**2 + y**2).sqrt() - radius,
-                            torch.maximum(x.abs(), y.abs()) - 0.85 * radius,
-                            torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.6 * radius,
-                            torch.minimum(*bars)])[kind.flatten(), torch.arange(n)]
+                            torch.maximum(x.abs(), y.abs()) - 0.9 * radius,
+                            torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.65 * radius])
+    distance = distance[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
-    stripes = torch.sin(2 * math.pi / 4.5 * size * (x * angle.cos() + y * angle.sin()) + phase)
+    stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
 
     def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
         k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
@@ -252,7 +251,7 @@ def backbone(layers, width):
 
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
-    `encoder` and `decoder` are layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
+    `encoder`, `decoder`: layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = ('loss', 'squared_error', 'kl')
 
     def __init__(self, channels, size, encoder, decoder, width, alpha=1.0):
@@ -586,7 +585,7 @@ class DiffuseVAE(nn.Module):
 # ==================================================================================================
 # 6. SETTINGS: one table; the command line and its --help are made from it
 #    A run's settings are, later ones winning: the defaults below, the preset's, stage 1's for
-#    stage 2, the command line. In the table "paper" means the paper and the authors' YAML files.
+#    stage 2, the command line.
 
 ints = lambda text: [int(n) for n in text.split(',') if n]  # '1,2,2' -> [1, 2, 2]
 widths = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
@@ -614,12 +613,14 @@ class Config:
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
-    multipliers: list = option(None, 'U-Net: channel multiplier of each level, 1,2,2')
+    multipliers: list = option((1, 2, 4), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
     attention: list = option((), 'U-Net: resolutions with attention, beside the middle')
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
+    precision: str = option(None, "of the U-Net's trunk; default: bfloat16 where the device has "
+                            'matrix units for it', choices=('float32', 'bfloat16'))
     steps: int = option(3000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(16, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
@@ -627,43 +628,38 @@ class Config:
     clip: float = option(math.inf, 'largest norm of the gradient', 0)
     ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
     seed: int = option(0, 'seed of everything random', 0)
-    precision: str = option(None, "of the U-Net's trunk; default: bfloat16 where it is fast",
-                            choices=('float32', 'bfloat16'))
     device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
     save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
 
-# Paper, but for batch, epochs, heads, dropout: those are the authors' scripts', which override the
-# YAML files. CIFAR-10's attention is that of the authors' reproduction branch. Batches are summed
-# over GPUs; steps = epochs x images / batch with 162,770 images of CelebA, 30,000 of CelebA-HQ.
+# Paper and authors' YAML, except: batch (over all GPUs), epochs, heads and dropout are the authors'
+# scripts', attention on CIFAR-10 is their reproduction branch's. CelebA trains on 162,770 images.
+length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
 VAE1 = dict(lr=1e-4, warmup=1)
-DDPM2 = dict(channels=128, blocks=2, lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, flip=True, heads=8)
+DDPM2 = dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000, clip=1.0,
+             ema=0.9999, flip=True)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2
-    'small': ({},  # ours, for ten minutes on two cores; NOTES.md tells how they were found
-              dict(alpha=0.1, batch=32, steps=3000),
-              dict(clip=1.0, ema=0.9999, flip=True, steps=3000)),
+    'small': ({}, dict(alpha=0.1, batch=32, steps=2500),  # ours, for ten minutes on two cores:
+              dict(clip=1.0, ema=0.9999, flip=True, steps=3500)),  # NOTES.md tells how it was found
     'cifar10': (
         dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
              encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
              decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
-        dict(VAE1, batch=128, steps=500 * 50_000 // 128),
-        dict(DDPM2, multipliers=[1, 2, 2, 2], attention=[16], dropout=0.3, batch=256,
-             steps=2850 * 50_000 // 256)),
+        VAE1 | length(500, 50_000, 128), DDPM2 | length(2850, 50_000, 256) | dict(
+            multipliers=[1, 2, 2, 2], attention=[16], dropout=0.3)),
     'celeba64': (
         dict(data='celeba', size=64, width=widths('64:64,32:128,16:256,8:256,4:256,1:512'),
              encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
              decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
-        dict(VAE1, batch=32, steps=245 * 162_770 // 32),
-        dict(DDPM2, multipliers=[1, 2, 2, 2, 4], attention=[4], dropout=0.1, batch=128,
-             steps=500 * 162_770 // 128)),
+        VAE1 | length(245, 162_770, 32), DDPM2 | length(500, 162_770, 128) | dict(
+            multipliers=[1, 2, 2, 2, 4], attention=[4])),
     'celebahq128': (
         dict(data=None, size=128, width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
              encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,'
                      '8t4,4x3,4d4,4t1,1x2',
              decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,'
                      '64u2,64t128,128x1'),
-        dict(VAE1, flip=True, batch=42, steps=500 * 30_000 // 42),
-        dict(DDPM2, multipliers=[1, 2, 2, 3, 4], attention=[8], dropout=0.1, lr=2e-5, batch=64,
-             steps=1000 * 30_000 // 64)),
+        VAE1 | length(500, 30_000, 42) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
+            multipliers=[1, 2, 2, 3, 4], attention=[8], lr=2e-5)),
     'celebahq256': (
         dict(data=None, size=256,
              width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
@@ -671,23 +667,21 @@ PRESETS = {  # settings of both stages, of stage 1, of stage 2
                      '16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2',
              decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,'
                      '64u2,64t128,128x2,128u2,128t256,256x2'),
-        dict(VAE1, flip=True, batch=16, steps=500 * 30_000 // 16),
-        dict(DDPM2, multipliers=[1, 1, 2, 2, 4, 4], attention=[16], dropout=0.1, lr=2e-5, batch=64,
-             steps=1000 * 30_000 // 64))}
-SMALL_NETWORKS = {  # by image size, for networks that are still None: ours
-    32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1', multipliers=[1, 2, 2],
+        VAE1 | length(500, 30_000, 16) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
+            multipliers=[1, 1, 2, 2, 4, 4], attention=[16], lr=2e-5))}
+SMALL_NETWORKS = {  # by image size, where no preset says: ours
+    32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
              width=widths('32:16,16:32,8:64,4:128,1:32')),
-    64: dict(encoder='64d4,64t16,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1', multipliers=[1, 1, 2, 2],
+    64: dict(encoder='64d4,64t16,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64',
-             width=widths('64:16,32:16,16:32,8:64,4:128,1:64')),
-}
+             width=widths('64:16,32:16,16:32,8:64,4:128,1:64'))}
 
 @dataclass
 class Sampling:
     """How images are generated."""
     out: str = option('runs/shapes', 'folder of the run', kind='free')
-    form: str = option(None, 'which model; default: the first that exists', kind='free',
+    form: str = option(None, 'which model; default: the first there is', kind='free',
                        choices=('1', '2', 'uncond'))
     num: int = option(64, 'how many images', 1, kind='free')
     steps: int = option(25, 'network calls an image', 1)
@@ -716,16 +710,17 @@ def resolve(given, before, path):
     """The `Config` of a run: options `given`, over the settings `before` of the checkpoint `path`
     (its own, to resume; stage 1's, to start stage 2; or {})."""
     resume = before.get('stage') == given['stage']
-    kept = {f.name: before[f.name] for f in fields(Config) if before and f.metadata['kind'] in
-            ('passed', 'fixed' if resume else '')}
+    kinds = ('passed', 'fixed') if resume else ('passed',)
+    kept = [f.name for f in fields(Config) if before and f.metadata['kind'] in kinds]
+    kept = {name: before[name] for name in kept}
     for name, value in kept.items():
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} was trained with '
                             f'{value}; choose another --out')
     if resume:
         return check(Config(**before | given))
-    root = {'root': before['root']} if before else {}
     both, *stages = PRESETS[(kept | given).get('preset', 'small')]
+    root = {name: before[name] for name in ('root',) if before}
     config = check(Config(**both | stages[given['stage'] - 1] | root | kept | given))
     if config.data is None:
         raise UserError(f'--preset {config.preset}: needs --data FOLDER')
@@ -734,9 +729,9 @@ def resolve(given, before, path):
     config.flip = config.flip and config.data not in GREY
     for name, value in SMALL_NETWORKS.get(config.size, {}).items():
         setattr(config, name, getattr(config, name) or value)
-    if None in (config.encoder, config.decoder, config.width, config.multipliers):
-        raise UserError(f'--size {config.size}: there are small networks for 32 and 64; for others '
-                        f'give --encoder, --decoder, --width and --multipliers')
+    if None in (config.encoder, config.decoder, config.width):
+        raise UserError(f'--size {config.size}: small networks are for {[*SMALL_NETWORKS]}; for '
+                        f'others give --encoder, --decoder and --width')
     return config
 
 # ==================================================================================================
@@ -751,9 +746,8 @@ def build(config):
     try:
         if config.stage == 1 or config.form != 'uncond':
             vae = VAE(c, config.size, config.encoder, config.decoder, config.width, config.alpha)
-        if config.stage == 1:
-            model = vae
-        else:
+        model = vae
+        if config.stage == 2:
             unet = UNet(2 * c if vae else c, c, config.size, config.channels, config.multipliers,
                         config.blocks, config.attention, config.heads, config.dropout,
                         vae.z_dim if vae and config.z_cond else 0, config.precision == 'bfloat16')
@@ -761,7 +755,7 @@ def build(config):
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
         copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
-    except (ValueError, KeyError, RuntimeError, ZeroDivisionError, StopIteration) as error:
+    except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f'these settings make no network: {error!r}') from error
     return model
 
@@ -779,8 +773,7 @@ def choose_device(name):
 
 def checkpoint_path(out, stage, form):
     """OUT/stage1.pt, or OUT/stage2-form1.pt, -form2.pt, -uncond.pt."""
-    name = 'uncond' if form == 'uncond' else f'form{form}'
-    return Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{name}.pt')
+    return Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{"form" * (form in "12")}{form}.pt')
 
 def write_atomically(path, content):
     """Write bytes so that `path` holds the old or the new content at any time, never a part."""
@@ -801,7 +794,7 @@ def load_checkpoint(path, stage, form):
     except Exception as error:  # on a damaged file torch.load raises nearly anything
         raise UserError(f'{path}: damaged, or not a checkpoint of this program') from error
     if found != (stage, form):
-        raise UserError(f'{path}: holds stage {found[0]}, form {found[1]}, not {stage} and {form}')
+        raise UserError(f'{path}: holds stage {found[0]} form {found[1]}, not what its name says')
     return saved
 
 def ema_update(averages, parameters, step, decay):
@@ -820,15 +813,15 @@ def report(text, end=False, last=[0.0]):
         print(text, flush=True)
         last[0] = time.monotonic()
 
-def train(config, path, device, saved=None, parent=None):
-    """Train one stage, from the checkpoint `saved` if given; `parent` is stage 1's checkpoint."""
-    images = load_images(config.data, config.root, config.size)
-    held_out = load_images(config.data, config.root, config.size, train=False)
+def train(config, path, device, saved, parent):
+    """Train one stage, from the checkpoint `saved` or the beginning; the VAE's is `parent`."""
+    images, held_out = [load_images(config.data, config.root, config.size, train=part)
+                        for part in (True, False)]
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config)
     if saved:
         model.load_state_dict(saved['model'])
-    elif parent and model.vae:
+    elif config.stage == 2 and model.vae:
         model.vae.load_state_dict(parent['model'])
     model.to(device, memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -839,7 +832,7 @@ def train(config, path, device, saved=None, parent=None):
         first, rows = saved['step'], saved['rows']
         ema = {name: p.to(device) for name, p in saved['ema'].items()}
         optimizer.load_state_dict(saved['optimizer'])
-    sums, count, start = torch.zeros(len(model.metrics), device=device), 0, time.monotonic()
+    sums, count, start = 0, 0, time.monotonic()
     row_time = save_time = start
     for step in range(first, config.steps):
         g = generator(config.seed, 'step', step)
@@ -857,8 +850,7 @@ def train(config, path, device, saved=None, parent=None):
         optimizer.step()
         with torch.no_grad():
             ema_update(ema.values(), trained.values(), step, config.ema)
-            sums += torch.stack(losses)
-        count, done = count + 1, step + 1
+            sums, count, done = sums + torch.stack(losses), count + 1, step + 1
         if done % 10 and done < config.steps:
             continue
 
@@ -866,24 +858,23 @@ def train(config, path, device, saved=None, parent=None):
         if not math.isfinite(sum(means)):
             raise UserError(f'the loss became {means[0]} before step {done}: try a smaller --lr '
                             f'({path} is as it was last saved)')
-        rate, speed = count * config.batch / (now - row_time), (done - first) / (now - start)
+        rate, left = count * config.batch / (now - row_time), config.steps - done
         rows.append([done, *means, optimizer.param_groups[0]['lr'], round(rate, 1)])
+        sums, count, row_time = 0, 0, now
         text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
         report(f'step {done}/{config.steps}  {text}  {rate:.0f} images/s  '
-               f'{(config.steps - done) / speed / 60:.1f} min left', end=done == config.steps)
-        sums, count, row_time = torch.zeros_like(sums), 0, now
-        if done == config.steps or now - save_time > config.save_every:
+               f'{(now - start) / (done - first) * left / 60:.1f} min left', end=left == 0)
+        if left == 0 or now - save_time > config.save_every:
             buffer = io.BytesIO()
             torch.save(dict(config=asdict(config), step=done, rows=rows, ema=ema,
                             model=model.state_dict(), optimizer=optimizer.state_dict()), buffer)
             write_atomically(path, buffer.getvalue())
             table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
-            lines = '\n'.join(','.join(map(str, row)) for row in table) + '\n'
-            write_atomically(path.with_suffix('.csv'), lines.encode())
+            lines = [','.join(map(str, row)) + '\n' for row in table]
+            write_atomically(path.with_suffix('.csv'), ''.join(lines).encode())
             averaged = copy.deepcopy(model).eval()
             averaged.load_state_dict(ema, strict=False)
-            write_grid(path.with_suffix('.png'), training_picture(averaged, held_out, device),
-                       config.data)
+            write_grid(path.with_suffix('.png'), picture(averaged, held_out, device), config.data)
             save_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
@@ -892,22 +883,21 @@ def train(config, path, device, saved=None, parent=None):
 
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 
-def sample_chunk(model, device, sampling, chunk, n):
+def sample_chunk(model, device, options, chunk, n):
     """The first n images of a chunk: [drafts, refined], or [refined], in [0, 1] on the CPU."""
     # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
-    g = generator(sampling.seed, 'chunk', chunk)
+    g, count = generator(options.seed, 'chunk', chunk), CHUNK
     z = torch.randn(CHUNK, model.vae.z_dim, generator=g)[:n].to(device) if model.vae else None
-    count = CHUNK
-    if sampling.shared_noise:
-        g, count = generator(sampling.seed, 'shared noise'), 1
+    if options.shared_noise:
+        g, count = generator(options.seed, 'shared noise'), 1
     noise = lambda: torch.randn(count, *model.image_shape, generator=g)[:n].to(device)
     # Temperature scales y_T, the noise alone: x_hat stays as it is in Formulation 2.
-    y_T = sampling.temperature * noise().expand(n, -1, -1, -1)
+    y_T = options.temperature * noise().expand(n, -1, -1, -1)
     names = 'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta'
-    images = model.generate(z, y_T, noise, **{name: getattr(sampling, name) for name in names})
+    images = model.generate(z, y_T, noise, **{name: getattr(options, name) for name in names})
     return [image.cpu() for image in images if image is not None]
 
-def training_picture(model, held_out, device):
+def picture(model, held_out, device):
     """Rows to judge a run by: images over their reconstructions, or drafts over refined samples."""
     if isinstance(model, DiffuseVAE):
         return sample_chunk(model, device, Sampling(), 0, 16)
@@ -920,16 +910,12 @@ def to_uint8(images, data):
     images = images[..., 2:-2, 2:-2] if data in GREY else images
     return (255 * images).round().clamp(0, 255).byte()
 
-def write_png(path, image):
-    """Write uint8 [C, H, W] as a PNG file."""
-    write_atomically(path, encode_png(image).numpy().tobytes())
-
 def write_grid(path, rows, data):
     """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
     images = to_uint8(torch.cat(rows), data)
     grid = make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
-    scale = max(1, 64 // images.shape[-1])
-    write_png(path, grid.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2))
+    grid = grid.repeat_interleave(s := max(1, 64 // images.shape[-1]), 1).repeat_interleave(s, 2)
+    write_atomically(path, encode_png(grid).numpy().tobytes())
 
 def export(options, settings, names, config, make):
     """Write PNG/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
@@ -950,7 +936,7 @@ def export(options, settings, names, config, make):
         if not all(path.exists() for row in paths for path in row):
             for row, images in zip(paths, make(first // CHUNK, end - first)):
                 for path, image in zip(row, to_uint8(images, config.data)):
-                    write_png(path, image)
+                    write_atomically(path, encode_png(image).numpy().tobytes())
         left = (time.monotonic() - start) * (num / end - 1)
         report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 
@@ -964,12 +950,11 @@ def command_train(given):
     out = Path(given.get('out') or f'runs/{Path(data or "").resolve().name}')
     path, first = checkpoint_path(out, stage, form), checkpoint_path(out, 1, '1')
     device, precision = choose_device(given.get('device'))
-    saved, parent = load_checkpoint(path, stage, form), None
-    if stage == 2 and not saved:
-        parent = load_checkpoint(first, 1, '1')
-        if form != 'uncond' and not parent:
-            raise UserError(f'no {first}: first run python diffusevae.py train --stage 1, with the '
-                            f'same --data, --preset and --out')
+    saved = load_checkpoint(path, stage, form)
+    parent = load_checkpoint(first, 1, '1') if stage == 2 and not saved else None
+    if stage == 2 and form != 'uncond' and not (saved or parent):
+        raise UserError(f'no {first}: first run python diffusevae.py train --stage 1, with the '
+                        f'same --data, --preset and --out')
     config = resolve(given, (saved or parent or {}).get('config', {}), path if saved else first)
     config.precision = config.precision or precision
     if saved and config.steps < saved['step']:
@@ -996,8 +981,8 @@ def command_sample(given):
         if not options.png or options.num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
         order = epoch_order(len(images), options.seed, 0)
-        make = lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])]
-        return export(options, dict(real=config.data, seed=options.seed), ['real'], config, make)
+        return export(options, dict(real=config.data, seed=options.seed), ['real'], config,
+                      lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])])
     if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
         raise UserError(f'--steps {options.steps}: must be at most --start, which is at most T, '
                         f'{config.timesteps} for this model')
@@ -1008,17 +993,18 @@ def command_sample(given):
     names = ['drafts', 'refined'] if model.vae else ['refined']
     make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
     if options.png:
-        settings = {f.name: getattr(options, f.name) for f in fields(Sampling)
-                    if f.metadata['kind'] == 'fixed'} | dict(model=str(path), trained=saved['step'])
-        return export(options, settings, names, config, make)
+        fixed = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
+        settings = {name: getattr(options, name) for name in fixed}
+        return export(options, settings | dict(model=str(path), trained=saved['step']), names,
+                      config, make)
     if options.num > CHUNK:
         raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
     fill = torch.ones(-options.num % 16 if options.num > 16 else 0, *model.image_shape)
     images = [torch.cat([x, fill]) for x in make(0, options.num)]
     rows = [x[i:i + 16] for i in range(0, options.num, 16) for x in images]
-    picture = path.with_name(f'samples-{path.stem.removeprefix("stage2-")}.png')
-    write_grid(picture, rows, config.data)
-    print(f'{picture}: {" above ".join(names)}')
+    grid = path.with_name(f'samples-{path.stem.removeprefix("stage2-")}.png')
+    write_grid(grid, rows, config.data)
+    print(f'{grid}: {" above ".join(names)}')
 
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line."""
@@ -1035,9 +1021,8 @@ def main(argv=None):
         sub.set_defaults(run=command)
         for f in fields(settings):  # absent from the result unless given
             how = dict(type={list: ints, dict: widths}.get(f.type, f.type))
-            how['choices'] = f.metadata['choices']
-            if f.type is bool:
-                how = dict(action=argparse.BooleanOptionalAction)
+            how = dict(action='store_true') if f.type is bool else how | dict(
+                choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
             sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS,
                              required=f.name == 'stage', help=f.metadata['help'] + default, **how)
