@@ -45,8 +45,8 @@ class UserError(Exception):
 
 def generator(*key):
     """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
-    # The file's one rule of randomness: all that is random in training step s is a function of
-    # (seed, s). So runs repeat, and a resumed run needs no generator state.
+    # Whatever is random in training step s is a function of (seed, s) alone: so runs repeat, and a
+    # resumed run needs no generator state.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
@@ -415,11 +415,6 @@ def time_embedding(t, width):
     angle = t[:, None] * torch.exp(-math.log(1e4) / (width // 2) * i)  # [B, width/2]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
-def group_norm(channels):
-    """GroupNorm with 32 groups as in the paper; below 128 channels (our small networks) with 1."""
-    # A group's mean is lost, and with it the mean colour of the image unless groups are large.
-    return nn.GroupNorm(32 if channels >= 128 else 1, channels)
-
 def zero_init(conv):
     """The same convolution with all parameters zero."""
     for parameter in conv.parameters():
@@ -428,11 +423,11 @@ def zero_init(conv):
 
 class ResBlock(nn.Module):
     """Residual block that sees the embedding of t (and z): [B, c_in, H, W] -> [B, c_out, H, W]."""
-    def __init__(self, c_in, c_out, c_emb, dropout, scale_shift):
+    def __init__(self, c_in, c_out, c_emb, groups=1, dropout=0.0, scale_shift=False):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
-        self.norm2, self.dropout = group_norm(c_out), nn.Dropout(dropout)
+        self.norm2, self.dropout = nn.GroupNorm(groups, c_out), nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         self.scale_shift = scale_shift
@@ -449,11 +444,11 @@ class ResBlock(nn.Module):
 
 class Attention(nn.Module):
     """Residual multi-head self-attention over the pixels of [B, C, H, W]."""
-    def __init__(self, channels, heads):
+    def __init__(self, channels, heads, groups=1):
         super().__init__()
         if channels % heads:
             raise ValueError(f'{channels} channels do not divide into {heads} attention heads')
-        self.heads, self.norm = heads, group_norm(channels)
+        self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
 
@@ -475,8 +470,11 @@ class UNet(nn.Module):
             raise ValueError(f'{last + 1} levels cannot halve {size} pixels {last} times')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, dropout, z_dim > 0)
-        attend = lambda c, size: Attention(c, heads) if size in attention else nn.Identity()
+        # GroupNorm takes the mean of every group, and with it the mean colour of the image, unless
+        # groups are large: the paper's 32 from its 128 channels on, a single one below.
+        groups = 32 if channels >= 128 else 1
+        block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, groups, dropout, z_dim > 0)
+        attend = lambda c, r: Attention(c, heads, groups) if r in attention else nn.Identity()
         self.time_mlp, self.z_mlp = mlp(channels), mlp(z_dim) if z_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
@@ -489,7 +487,7 @@ class UNet(nn.Module):
             self.down += map(nn.ModuleList, level)
             skips += [width] * len(level)
             c = width
-        self.middle = nn.ModuleList([block(c, c), Attention(c, heads), block(c, c)])
+        self.middle = nn.ModuleList([block(c, c), Attention(c, heads, groups), block(c, c)])
         for i, width in reversed([*enumerate(m * channels for m in multipliers)]):
             inputs = [h + skips.pop() for h in [c] + [width] * blocks]
             level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
@@ -497,7 +495,7 @@ class UNet(nn.Module):
                 level[-1] += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
             self.up += map(nn.ModuleList, level)
             c = width
-        self.head_norm = group_norm(c)
+        self.head_norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
 
     def trunk(self, x, t, z):
