@@ -19,10 +19,9 @@ z is a few dozen numbers, can be edited and interpolated, and fixes the layout; 
 
 @ATTAINS@
 
-    1 DATA       2 VAE        3 DIFFUSION   4 U-NET          5 THE TWO-STAGE MODEL
-    6 SETTINGS   7 TRAINING   8 SAMPLING    9 COMMAND LINE
-
-Sections 2 to 5 are the method: tensors in, tensors out; no files, arguments or devices.
+Sections: 1 data; 2 VAE, 3 diffusion, 4 U-Net, 5 the two-stage model (these four are the method:
+tensors in, tensors out, no files, arguments or devices); 6 settings, 7 training, 8 sampling,
+9 command line.
 """
 import argparse, copy, hashlib, io, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,8 +35,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
 from torchvision import datasets
-from torchvision.io import encode_png
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 
 class UserError(Exception):
@@ -61,7 +59,7 @@ def draw_shapes(n, generator, size=32):
     # phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), u[1], u[2]
-    center_x, center_y, radius = 0.38 + 0.24 * u[3], 0.38 + 0.24 * u[4], 0.25 + 0.12 * u[5]
+    center_x, center_y, radius = 0.4 + 0.2 * u[3], 0.4 + 0.2 * u[4], 0.26 + 0.1 * u[5]
     angle, phase = math.pi * u[6], 2 * math.pi * u[7]
     pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
     x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
@@ -590,8 +588,7 @@ widths = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split('
 
 def option(default, help, low=None, high=math.inf, choices=None, kind='fixed'):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
-    return field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices,
-                                                kind=kind))
+    return field(default=default, metadata=dict(locals()))
 
 @dataclass
 class Config:
@@ -611,7 +608,7 @@ class Config:
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
-    multipliers: list = option((1, 2, 4), 'U-Net: channel multiplier of each level')
+    multipliers: list = option((1, 2, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
     attention: list = option((), 'U-Net: resolutions with attention, beside the middle')
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
@@ -636,8 +633,8 @@ VAE1 = dict(lr=1e-4, warmup=1)
 DDPM2 = dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000, clip=1.0,
              ema=0.9999, flip=True)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2
-    'small': ({}, dict(alpha=0.1, batch=32, steps=2500),  # ours, for ten minutes on two cores:
-              dict(clip=1.0, ema=0.9999, flip=True, steps=3500)),  # NOTES.md tells how it was found
+    'small': ({}, dict(alpha=0.1, batch=32, steps=2600),  # ours, for ten minutes on two cores:
+              dict(clip=1.0, ema=0.9999, flip=True, steps=4200)),  # NOTES.md tells how it was found
     'cifar10': (
         dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
              encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
@@ -652,19 +649,16 @@ PRESETS = {  # settings of both stages, of stage 1, of stage 2
             multipliers=[1, 2, 2, 2, 4], attention=[4])),
     'celebahq128': (
         dict(data=None, size=128, width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
-             encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,'
-                     '8t4,4x3,4d4,4t1,1x2',
-             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,'
-                     '64u2,64t128,128x1'),
+             encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,'
+             '4x3,4d4,4t1,1x2', decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,'
+             '32u2,32t64,64x2,64u2,64t128,128x1'),
         VAE1 | length(500, 30_000, 42) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
             multipliers=[1, 2, 2, 3, 4], attention=[8], lr=2e-5)),
     'celebahq256': (
-        dict(data=None, size=256,
-             width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'),
-             encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,32x7,32d2,32t16,16x9,'
-                     '16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2',
-             decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,'
-                     '64u2,64t128,128x2,128u2,128t256,256x2'),
+        dict(data=None, size=256, encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,'
+             '32x7,32d2,32t16,16x9,16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2', decoder='1x2,1u4,1t4,4x4,'
+             '4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,64u2,64t128,128x2,128u2,'
+             '128t256,256x2', width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024')),
         VAE1 | length(500, 30_000, 16) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
             multipliers=[1, 1, 2, 2, 4, 4], attention=[16], lr=2e-5))}
 SMALL_NETWORKS = {  # by image size, where no preset says: ours
@@ -708,9 +702,8 @@ def resolve(given, before, path):
     """The `Config` of a run: options `given`, over the settings `before` of the checkpoint `path`
     (its own, to resume; stage 1's, to start stage 2; or {})."""
     resume = before.get('stage') == given['stage']
-    kinds = ('passed', 'fixed') if resume else ('passed',)
-    kept = [f.name for f in fields(Config) if before and f.metadata['kind'] in kinds]
-    kept = {name: before[name] for name in kept}
+    kinds = {'passed', 'fixed'} if resume else {'passed'} if before else {}
+    kept = {f.name: before[f.name] for f in fields(Config) if f.metadata['kind'] in kinds}
     for name, value in kept.items():
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} was trained with '
@@ -718,7 +711,7 @@ def resolve(given, before, path):
     if resume:
         return check(Config(**before | given))
     both, *stages = PRESETS[(kept | given).get('preset', 'small')]
-    root = {name: before[name] for name in ('root',) if before}
+    root = {'root': before.get('root', 'data')}
     config = check(Config(**both | stages[given['stage'] - 1] | root | kept | given))
     if config.data is None:
         raise UserError(f'--preset {config.preset}: needs --data FOLDER')
@@ -746,9 +739,10 @@ def build(config):
             vae = VAE(c, config.size, config.encoder, config.decoder, config.width, config.alpha)
         model = vae
         if config.stage == 2:
-            unet = UNet(2 * c if vae else c, c, config.size, config.channels, config.multipliers,
-                        config.blocks, config.attention, config.heads, config.dropout,
-                        vae.z_dim if vae and config.z_cond else 0, config.precision == 'bfloat16')
+            names = 'size', 'channels', 'multipliers', 'blocks', 'attention', 'heads', 'dropout'
+            unet = UNet(2 * c if vae else c, c, **{name: getattr(config, name) for name in names},
+                        z_dim=vae.z_dim if vae and config.z_cond else 0,
+                        bf16=config.precision == 'bfloat16')
             model = DiffuseVAE(vae, unet, Diffusion(config.timesteps), config.form, shape)
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
@@ -908,12 +902,18 @@ def to_uint8(images, data):
     images = images[..., 2:-2, 2:-2] if data in GREY else images
     return (255 * images).round().clamp(0, 255).byte()
 
+def write_png(path, image):
+    """Write uint8 [C, H, W] as a PNG file."""
+    buffer = io.BytesIO()
+    to_pil_image(image).save(buffer, 'png')
+    write_atomically(path, buffer.getvalue())
+
 def write_grid(path, rows, data):
     """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
     images = to_uint8(torch.cat(rows), data)
     grid = make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
     grid = grid.repeat_interleave(s := max(1, 64 // images.shape[-1]), 1).repeat_interleave(s, 2)
-    write_atomically(path, encode_png(grid).numpy().tobytes())
+    write_png(path, grid)
 
 def export(options, settings, names, config, make):
     """Write PNG/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
@@ -934,7 +934,7 @@ def export(options, settings, names, config, make):
         if not all(path.exists() for row in paths for path in row):
             for row, images in zip(paths, make(first // CHUNK, end - first)):
                 for path, image in zip(row, to_uint8(images, config.data)):
-                    write_atomically(path, encode_png(image).numpy().tobytes())
+                    write_png(path, image)
         left = (time.monotonic() - start) * (num / end - 1)
         report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 

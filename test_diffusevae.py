@@ -4,18 +4,19 @@ Sections as in diffusevae.py. No network, no GPU; the data files are made on the
 tests that start processes are at the end.
 """
 import csv
-import gzip
 import json
 import math
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
-import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -65,7 +66,7 @@ def test_shapes_repeat_and_their_factors_describe_them():
     assert images.dtype == torch.uint8 and images.shape == (200, 3, 32, 32)
     assert torch.equal(images, again)
     assert set(factors) == {'kind', 'hue', 'ground', 'x', 'y', 'size'}
-    assert set(factors['kind'].tolist()) == {0, 1, 2, 3}
+    assert set(factors['kind'].tolist()) == {0, 1, 2}
     corner = images[:, :, 0, 0].float()
     inside = ((images - corner[:, :, None, None].byte()).float().abs().sum(1) > 30).double()
     grid = (torch.arange(32) + 0.5) / 32
@@ -118,7 +119,6 @@ def test_cifar10_keeps_its_channels(tmp_path, monkeypatch):
     folder.mkdir()
     red_then_green = bytes([200] * 1024 + [100] * 1024 + [0] * 1024)
     for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-        import numpy as np
         data = np.frombuffer(red_then_green, dtype=np.uint8)[None]
         (folder / name).write_bytes(pickle.dumps(dict(data=data, labels=[7])))
     images = dv.load_images('cifar10', tmp_path)
@@ -161,7 +161,6 @@ def test_folder_is_cropped_at_the_centre(tmp_path):
 
 def test_folder_held_out_images_stay_held_out(tmp_path):
     """Five percent, by name: the same for a moved folder, disjoint from training, and stable."""
-    import shutil
     colours = [(i, j, 0) for i in range(0, 250, 10) for j in range(0, 240, 20)]
     for i, colour in enumerate(colours):
         picture(tmp_path / 'one' / f'{i}.png', colour, (8, 8))
@@ -541,22 +540,26 @@ def test_network_output_is_zero_at_the_start():
 
 def test_res_block_by_hand():
     """GroupNorm, SiLU, conv; + Linear(SiLU(emb)); GroupNorm, SiLU, conv; skip by a 1x1 conv."""
-    block = dv.ResBlock(8, 12, 6, 0.0, scale_shift=False).double()
+    block = dv.ResBlock(8, 12, 6, groups=4).double()
     nn.init.normal_(block.conv2.weight)
     h, emb, silu = randn(2, 8, 4, 4, seed=1), randn(2, 6, seed=2), nn.functional.silu
     r = block.conv1(silu(block.norm1(h))) + block.emb(silu(emb))[:, :, None, None]
     assert torch.allclose(block(h, emb), block.skip(h) + block.conv2(silu(block.norm2(r))))
     assert block.skip.kernel_size == (1, 1)
-    block = dv.ResBlock(8, 8, 6, 0.0, scale_shift=True).double()
+    block = dv.ResBlock(8, 8, 6, groups=4, scale_shift=True).double()
     nn.init.normal_(block.conv2.weight)
     scale, shift = block.emb(silu(emb))[:, :, None, None].chunk(2, dim=1)
     r = block.norm2(block.conv1(silu(block.norm1(h)))) * (1 + scale) + shift
     assert torch.allclose(block(h, emb), h + block.conv2(silu(r)))
 
 
-def test_group_norm_has_32_groups_at_the_papers_widths():
-    assert all(dv.group_norm(c).num_groups == 32 for c in (128, 256, 384, 512, 160, 480, 640, 1024))
-    assert all(c // dv.group_norm(c).num_groups >= 4 for c in (4, 8, 16, 24, 48, 64, 72, 96))
+def test_group_norm_has_32_groups_at_the_papers_width_and_1_in_small_networks():
+    """32 groups everywhere from 128 channels on; below, one, so that no mean colour is lost."""
+    for channels, groups in ((128, 32), (160, 32), (24, 1), (64, 1)):
+        with torch.device('meta'):
+            net = dv.UNet(6, 3, 32, channels, [1, 2, 2], 1, [16], heads=8)
+        norms = [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)]
+        assert set(norms) == {groups} and len(norms) == 2 * (3 + 2 + 6) + 4 + 1
 
 
 def test_unet_layers_in_the_papers_order():
@@ -564,11 +567,8 @@ def test_unet_layers_in_the_papers_order():
     net = dv.UNet(6, 3, 32, 128, [1, 2, 2, 2], 2, [16], heads=8)
     blocks = lambda part: [layers[0] for layers in part if isinstance(layers[0], dv.ResBlock)]
     assert [b.conv1.in_channels for b in blocks(net.down)] == [128, 128, 128, 256, 256, 256, 256, 256]
-    assert [b.conv1.in_channels for b in blocks(net.up)] == [512] * 8 + [512, 512, 384] + [384, 256, 256][:0] \
-        or True
-    skips = [128] * 3 + [128, 256, 256, 256, 256, 256, 256, 256, 256][0:9]
-    ups = [b.conv1.in_channels for b in blocks(net.up)]
-    assert ups == [512, 512, 512, 512, 512, 512, 512, 512, 384, 384, 256, 256], ups
+    # Up, h and skip: 4x4 and 8x8 all 256 + 256; 16x16 takes the 128 of the first downsampling last.
+    assert [b.conv1.in_channels for b in blocks(net.up)] == [512] * 8 + [384] + [384, 256, 256]
     attention = [m for m in net.modules() if isinstance(m, dv.Attention)]
     assert len(attention) == 2 + 3 + 1 and all(a.heads == 8 for a in attention)
     assert sum(isinstance(m, nn.Upsample) for m in net.modules()) == 3
@@ -688,7 +688,7 @@ def test_cifar10_preset_trains_for_real():
     loss, = model(torch.rand(2, 3, 32, 32), *model.noise(2, dv.generator(0)))
     loss.backward()
     optimizer.step()
-    _, refined = model.generate(torch.randn(1, 512), torch.randn(1, 3, 32, 32), None, steps=1)
+    _, refined = model.generate(torch.randn(1, 512), torch.randn(1, 3, 32, 32), lambda: 0, steps=1)
     assert vae_loss.isfinite() and abs(loss - 1) < 0.1 and refined.shape == (1, 3, 32, 32)
 
 
@@ -819,7 +819,6 @@ def contents(path):
 @pytest.mark.parametrize('stage', [1, 2])
 def test_resumed_training_is_bit_identical(trained, tmp_path, stage):
     """20 steps at once, and 10 + 10 with dropout, flips, EMA and clipping on."""
-    import shutil
     options = [*NARROW, '--flip'] if stage == 1 else [*SMALL, '--dropout', 0.3]
     for name, parts in (('whole', [20]), ('parts', [10, 20])):
         (tmp_path / name).mkdir()
@@ -852,7 +851,7 @@ def test_stage_2_inherits_from_stage_1(trained, capsys):
 
 
 def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dv, 'negative_elbo', lambda x, *rest: (x.sum() * math.nan,) * 3)
+    monkeypatch.setattr(dv, 'negative_elbo', lambda x, x_hat, *rest: (x_hat.sum() * math.nan,) * 3)
     assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 12, *NARROW) == 2
     assert 'nan' in capsys.readouterr().err and not (tmp_path / 'stage1.pt').exists()
 
@@ -899,7 +898,6 @@ def test_temperature_scales_y_T():
 
 def test_sample_uses_the_averaged_weights(trained, tmp_path):
     """With the average replaced by zeros, the same command gives another picture."""
-    import shutil
     assert run('sample', '--out', trained, '--steps', 2, '--num', 4) == 0
     shutil.copytree(trained, tmp_path / 'copy')
     path = tmp_path / 'copy' / 'stage2-form1.pt'
@@ -994,8 +992,6 @@ def test_bad_input_is_one_line_and_exit_code_2(command, named, tmp_path, capsys,
 
 def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monkeypatch):
     """Empty, junk, damaged, swapped, unwritable: named, and nothing is overwritten."""
-    import shutil
-    import urllib.request
 
     def no_network(*args, **kwargs):
         raise OSError('no network in tests')
