@@ -81,8 +81,8 @@ def test_shapes_repeat_and_their_factors_describe_them():
 
 def test_shapes_are_held_out_by_another_seed():
     train, held_out = dv.load_images('shapes'), dv.load_images('shapes', train=False)
-    known = {bytes(image.flatten().tolist()) for image in train.pixels[:2000]}
-    assert not any(bytes(image.flatten().tolist()) in known for image in held_out.pixels[:100])
+    known = {image.numpy().tobytes() for image in train.pixels}
+    assert not any(image.numpy().tobytes() in known for image in held_out.pixels[:100])
 
 
 def mnist_files(root, name='MNIST', n=40):
@@ -618,8 +618,7 @@ def test_presets_have_the_papers_sizes_and_run(preset):
         with_z = dv_build_on_meta(config(2, form='2', z_cond=True, **given))
     assert (count(models['1'].vae), count(models['1'].unet), count(models['uncond'].unet)) == COUNTS[preset]
     assert count(with_z.unet) == WITH_Z.get(preset, count(with_z.unet))
-    for model in (*models.values(), with_z):
-        train_and_sample_on_meta(model)
+    train_and_sample_on_meta(models['1'])
     vae = models['1'].vae.requires_grad_(True)
     loss = vae(torch.rand(2, *models['1'].image_shape, device='meta'),
                torch.randn(2, vae.z_dim, device='meta'))[0]
@@ -648,9 +647,20 @@ def train_and_sample_on_meta(model):
     assert loss.device.type == 'meta' and all(p.grad.device.type == 'meta' for p in trained)
     z = torch.randn(2, model.vae.z_dim, device='meta') if model.vae else None
     y_T = torch.randn(2, *model.image_shape, device='meta')
+    _, refined = model.generate(z, y_T, lambda: torch.randn_like(y_T), steps=1, sampler='ddpm')
+    assert refined.device.type == 'meta' and refined.shape == y_T.shape
+
+
+@pytest.mark.parametrize('form, z_cond', [('1', True), ('2', False), ('uncond', False)])
+def test_no_tensor_on_the_wrong_device(form, z_cond):
+    """Every form, with z and without, with every sampler, entirely on `meta`."""
+    model = tiny(form, z_cond).to('meta')
+    train_and_sample_on_meta(model)
     for how in SAMPLERS:
-        _, refined = model.generate(z, y_T, lambda: torch.randn_like(y_T), steps=2, **how)
-        assert refined.device.type == 'meta' and refined.shape == y_T.shape
+        y_T = torch.randn(2, *model.image_shape, device='meta')
+        z = torch.randn(2, 4, device='meta')
+        _, refined = model.generate(z, y_T, lambda: torch.randn_like(y_T), steps=3, **how)
+        assert refined.device.type == 'meta'
 
 
 def test_other_counts_of_the_paper():
@@ -710,7 +720,8 @@ def test_what_the_network_is_shown():
 def test_stage_2_trains_on_the_reconstruction_from_a_sampled_z(form):
     """x_hat = 2 f(mu + sigma eps_z) - 1 of the same image; x_0 = 2 x - 1; the loss by hand."""
     model = tiny(form)
-    x, t, eps, eps_z = torch.rand(2, 1, 8, 8), torch.tensor([100, 900]), torch.randn(2, 1, 8, 8), torch.randn(2, 4)
+    x, t = torch.rand(2, 1, 8, 8), torch.tensor([100, 900])
+    eps, eps_z = torch.randn(2, 1, 8, 8), torch.randn(2, 4)
     mu, logvar = model.vae.encode(x)
     x_hat = 2 * model.vae.decode(mu + (logvar / 2).exp() * eps_z) - 1
     a = ALPHA_BAR[t].float().view(2, 1, 1, 1)
@@ -766,7 +777,7 @@ def test_ema_is_the_mean_at_first_and_exponential_later():
 
 
 def run(*args):
-    """diffusevae.main in process: (exit code, standard output, standard error)."""
+    """diffusevae.main in process: the exit code."""
     return dv.main([str(arg) for arg in args])
 
 
@@ -936,14 +947,15 @@ def test_png_folder_is_restartable_and_refuses_other_settings(trained, tmp_path,
     assert {path: path.read_bytes() for path in files} == first
     command = ['sample', '--out', trained, '--real', '--num', 3, '--png', tmp_path / 'real']
     assert run(*command) == 0
-    known = {bytes(x.flatten().tolist()) for x in dv.load_images('shapes').pixels}
+    known = {x.numpy().tobytes() for x in dv.load_images('shapes').pixels}
     for path in (tmp_path / 'real' / 'real').glob('*.png'):
         pixels = dv.pil_to_tensor(Image.open(path))
-        assert bytes(pixels.flatten().tolist()) in known
+        assert pixels.numpy().tobytes() in known
 
 
 def test_pixels_are_rounded_not_truncated():
-    assert dv.to_uint8(torch.tensor([[[[0.999, 0.5, 1.7, -1.0]]]]), 'shapes').flatten().tolist() == [255, 128, 255, 0]
+    x = torch.tensor([[[[0.999, 0.5, 1.7, -1.0]]]])
+    assert dv.to_uint8(x, 'shapes').flatten().tolist() == [255, 128, 255, 0]
 
 
 # 9. COMMAND LINE ----------------------------------------------------------------------------------
@@ -970,6 +982,7 @@ BAD = [
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1,1'], 'halve'),
     (['train', '--stage', 2], '--stage 1'),
+    (['train', '--stage', 1, '--form', '2'], '--form'),
     (['train', '--stage', 2, '--form', '3'], '--form'),
     (['sample', '--num', 0], '--num'),
     (['sample', '--steps', 0], '--steps'),
@@ -1033,17 +1046,29 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
 
 
 def test_commands_as_processes(tmp_path):
-    """train, train, sample as a user types them; progress without a terminal; help for all."""
+    """train, train, sample as a user types them; progress without a terminal."""
     def start(*args):
         command = [sys.executable, dv.__file__, *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
 
-    first = start('train', '--stage', 1, '--steps', 20, *NARROW)
+    first = start('train', '--stage', 1, '--steps', 10, *NARROW)
     assert first.returncode == 0, first.stderr
     assert 'squared_error' in first.stdout and 'min left' in first.stdout and '\r' not in first.stdout
     assert start('train', '--stage', 2, '--steps', 10, *SMALL).returncode == 0
     assert start('sample', '--steps', 2, '--num', 4).returncode == 0
     assert (tmp_path / 'runs/shapes/samples-form1.png').exists()
-    bad = start('train', '--stage', 1, '--lr', 'nan')
-    assert (bad.returncode, bad.stdout, bad.stderr.count('\n')) == (2, '', 1)
-    assert '--temperature' in start('sample', '--help').stdout
+
+
+def test_help_names_every_option(capsys):
+    for command, settings in (('train', dv.Config), ('sample', dv.Sampling)):
+        with pytest.raises(SystemExit):
+            run(command, '--help')
+        text = capsys.readouterr().out
+        assert all('--' + f.name.replace('_', '-') in text for f in dv.fields(settings))
+
+
+def test_ci_runs_the_readme_command():
+    here = Path(dv.__file__).resolve().parent
+    if (here / 'README.md').exists():  # absent where a student's copy is tested
+        lines = (here / '.ci/run').read_text().splitlines()
+        assert lines[-1] in (here / 'README.md').read_text().splitlines()
