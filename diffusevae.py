@@ -583,7 +583,7 @@ class DiffuseVAE(nn.Module):
 #    A run's settings are, later ones winning: the defaults below, the preset's, stage 1's for
 #    stage 2, the command line.
 
-ints = lambda text: [int(n) for n in text.split(',') if n]  # '1,2,2' -> [1, 2, 2]
+ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
 widths = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
 
 def option(default, help, low=None, high=math.inf, choices=None, kind='fixed'):
@@ -608,9 +608,9 @@ class Config:
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
-    multipliers: list = option((1, 2, 2), 'U-Net: channel multiplier of each level')
+    multipliers: tuple = option((1, 2, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
-    attention: list = option((), 'U-Net: resolutions with attention, beside the middle')
+    attention: tuple = option((), 'U-Net: resolutions with attention, beside the middle')
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
@@ -633,34 +633,34 @@ VAE1 = dict(lr=1e-4, warmup=1)
 DDPM2 = dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000, clip=1.0,
              ema=0.9999, flip=True)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2
-    'small': ({}, dict(alpha=0.1, batch=32, steps=2600),  # ours, for ten minutes on two cores:
-              dict(clip=1.0, ema=0.9999, flip=True, steps=4200)),  # NOTES.md tells how it was found
+    'small': ({}, dict(alpha=0.1, batch=32, steps=2500),  # ours, for ten minutes on two cores:
+              dict(clip=1.0, ema=0.9999, flip=True, steps=4000)),  # NOTES.md tells how it was found
     'cifar10': (
         dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
              encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
              decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
         VAE1 | length(500, 50_000, 128), DDPM2 | length(2850, 50_000, 256) | dict(
-            multipliers=[1, 2, 2, 2], attention=[16], dropout=0.3)),
+            multipliers=(1, 2, 2, 2), attention=(16,), dropout=0.3)),
     'celeba64': (
         dict(data='celeba', size=64, width=widths('64:64,32:128,16:256,8:256,4:256,1:512'),
              encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
              decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
         VAE1 | length(245, 162_770, 32), DDPM2 | length(500, 162_770, 128) | dict(
-            multipliers=[1, 2, 2, 2, 4], attention=[4])),
+            multipliers=(1, 2, 2, 2, 4), attention=(4,))),
     'celebahq128': (
         dict(data=None, size=128, encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,'
              '16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2', decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16'
              ',16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1',
              width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024')),
         VAE1 | length(500, 30_000, 42) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
-            multipliers=[1, 2, 2, 3, 4], attention=[8], lr=2e-5)),
+            multipliers=(1, 2, 2, 3, 4), attention=(8,), lr=2e-5)),
     'celebahq256': (
         dict(data=None, size=256, encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,'
              '32x7,32d2,32t16,16x9,16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2', decoder='1x2,1u4,1t4,4x4'
              ',4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,64u2,64t128,128x2,128u2,'
              '128t256,256x2', width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024')),
         VAE1 | length(500, 30_000, 16) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
-            multipliers=[1, 1, 2, 2, 4, 4], attention=[16], lr=2e-5))}
+            multipliers=(1, 1, 2, 2, 4, 4), attention=(16,), lr=2e-5))}
 SMALL_NETWORKS = {  # by image size, where no preset says: ours
     32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
@@ -1020,7 +1020,7 @@ def main(argv=None):
                                   help=command.__doc__, description=command.__doc__)
         sub.set_defaults(run=command)
         for f in fields(settings):  # absent from the result unless given
-            how = dict(type={list: ints, dict: widths}.get(f.type, f.type))
+            how = dict(type={tuple: ints, dict: widths}.get(f.type, f.type))
             how = dict(action='store_true') if f.type is bool else how | dict(
                 choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
