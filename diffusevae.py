@@ -55,7 +55,7 @@ def generator(*key):
 
 def draw_shapes(n, generator, size=32):
     """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn; the stripes, 5 pixels a period at a random angle and
+    # The factors are what a VAE can learn; the stripes, 6 pixels a period at a random angle and
     # phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), u[1], u[2]
@@ -69,14 +69,14 @@ def draw_shapes(n, generator, size=32):
                             torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.65 * radius])
     distance = distance[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
-    stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
+    stripes = torch.sin(2 * math.pi / 6 * size * (x * angle.cos() + y * angle.sin()) + phase)
 
     def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
         k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
         rgb = value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
         return rearrange(rgb, 'n one c -> n c one 1')
 
-    shape = colour(hue, 0.75, 0.7) * (1 + 0.35 * stripes[:, None])
+    shape = colour(hue, 0.75, 0.7) * (1 + 0.4 * stripes[:, None])
     image = inside * shape + (1 - inside) * colour(ground, 0.4, 0.45)
     factors = dict(kind=kind, hue=hue, ground=ground, x=center_x, y=center_y, size=radius)
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
@@ -633,8 +633,8 @@ VAE1 = dict(lr=1e-4, warmup=1)
 DDPM2 = dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000, clip=1.0,
              ema=0.9999, flip=True)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2
-    'small': ({}, dict(alpha=0.1, batch=32, steps=2400),  # ours, for ten minutes on two cores:
-              dict(clip=1.0, ema=0.9999, flip=True, steps=3600)),  # NOTES.md tells how it was found
+    'small': ({}, dict(alpha=0.1, batch=32, steps=2000),  # ours, for ten minutes on two cores:
+              dict(clip=1.0, ema=0.9999, flip=True, steps=3900)),  # NOTES.md tells how it was found
     'cifar10': (
         dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
              encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
@@ -677,10 +677,10 @@ class Sampling:
                        choices=('1', '2', 'uncond'))
     num: int = option(64, 'how many images', 1, kind='free')
     steps: int = option(25, 'network calls an image', 1)
-    sampler: str = option('ddim', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
+    sampler: str = option('dpm++', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
     sigma: str = option('large', 'variance of a ddpm step', choices=('large', 'small'))
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
-    spacing: str = option('quadratic', 'of the times visited', choices=('uniform', 'quadratic'))
+    spacing: str = option('uniform', 'of the times visited', choices=('uniform', 'quadratic'))
     temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
     shared_noise: bool = option(False, 'one y_T and later noise for all images: only z varies')
     start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
