@@ -48,8 +48,7 @@ def generator(*key):
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
-# ==================================================================================================
-# 1. DATA
+# ==== 1. DATA =====================================================================================
 #    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
 #    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
 
@@ -180,8 +179,7 @@ def batch_indices(n, batch, seed, step):
     places = range(step * batch, (step + 1) * batch)
     return torch.stack([epoch_order(n, seed, p // n)[p % n] for p in places])
 
-# ==================================================================================================
-# 2. VAE: the generator of drafts
+# ==== 2. VAE: the generator of drafts =============================================================
 #    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
 #    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
@@ -280,8 +278,7 @@ class VAE(nn.Module):
         x_hat = self.decode(reparameterize(mu, logvar, eps))
         return negative_elbo(x, x_hat, mu, logvar, self.alpha)
 
-# ==================================================================================================
-# 3. DIFFUSION: one implementation for Formulation 1, Formulation 2 and the unconditional baseline
+# ==== 3. DIFFUSION: one implementation for Formulations 1 and 2 and the baseline ==================
 #    Formulation 1:  q(x_t|x_0)        = N(sqrt(alpha_bar_t) x_0,         (1 - alpha_bar_t) I)
 #    Formulation 2:  q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
 #    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
@@ -400,8 +397,7 @@ class Diffusion(nn.Module):
             previous = x_0, alpha_bar
         return y
 
-# ==================================================================================================
-# 4. U-NET: eps_theta
+# ==== 4. U-NET: eps_theta =========================================================================
 #    Residual blocks at falling, then rising resolution; every feature map of the way down is
 #    concatenated on the way up; attention in the middle and where asked for; t in every block.
 #    The last layer of each branch, and of the network, starts at zero: the first output is 0.
@@ -520,8 +516,7 @@ class UNet(nn.Module):
             h = self.trunk(x, t, z)
         return self.head(F.silu(self.head_norm(h.float())))
 
-# ==================================================================================================
-# 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE
+# ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
 
 class DiffuseVAE(nn.Module):
     """A frozen VAE, a U-Net and a diffusion; `forward` is the loss of stage 2.
@@ -578,8 +573,7 @@ class DiffuseVAE(nn.Module):
         x_0 = self.diffusion.sample(eps_theta, y_T, noise, **how)
         return draft, (x_0 + 1) / 2
 
-# ==================================================================================================
-# 6. SETTINGS: one table; the command line and its --help are made from it
+# ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
 #    A run's settings are, later ones winning: the defaults below, the preset's, stage 1's for
 #    stage 2, the command line.
 
@@ -614,8 +608,8 @@ class Config:
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
-    precision: str = option(None, "of the U-Net's trunk; default: bfloat16 where the device has "
-                            'matrix units for it', choices=('float32', 'bfloat16'))
+    precision: str = option(None, "of the U-Net's trunk; default: what the device declares fast",
+                            choices=('float32', 'bfloat16'))
     steps: int = option(3000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(16, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
@@ -699,15 +693,13 @@ def check(settings):
     return settings
 
 def resolve(given, before, path):
-    """The `Config` of a run: options `given`, over the settings `before` of the checkpoint `path`
-    (its own, to resume; stage 1's, to start stage 2; or {})."""
+    """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
     kinds = {'passed', 'fixed'} if resume else {'passed'} if before else {}
     kept = {f.name: before[f.name] for f in fields(Config) if f.metadata['kind'] in kinds}
     for name, value in kept.items():
         if given.get(name, value) != value:
-            raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} was trained with '
-                            f'{value}; choose another --out')
+            raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
     if resume:
         return check(Config(**before | given))
     both, *stages = PRESETS[(kept | given).get('preset', 'small')]
@@ -721,12 +713,10 @@ def resolve(given, before, path):
     for name, value in SMALL_NETWORKS.get(config.size, {}).items():
         setattr(config, name, getattr(config, name) or value)
     if None in (config.encoder, config.decoder, config.width):
-        raise UserError(f'--size {config.size}: small networks are for {[*SMALL_NETWORKS]}; for '
-                        f'others give --encoder, --decoder and --width')
+        raise UserError(f'--size {config.size}: needs --encoder, --decoder and --width')
     return config
 
-# ==================================================================================================
-# 7. TRAINING: one loop for both stages
+# ==== 7. TRAINING: one loop for both stages =======================================================
 #    A stage is a module: noise(n, generator) draws what a step needs, forward(x, *noise) returns
 #    the loss (and, after it, what else `metrics` names).
 
@@ -807,8 +797,8 @@ def report(text, end=False, last=[0.0]):
 
 def train(config, path, device, saved, parent):
     """Train one stage, from the checkpoint `saved` or the beginning; the VAE's is `parent`."""
-    images, held_out = [load_images(config.data, config.root, config.size, train=part)
-                        for part in (True, False)]
+    images = load_images(config.data, config.root, config.size)
+    held_out = load_images(config.data, config.root, config.size, train=False)
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config)
     if saved:
@@ -833,8 +823,7 @@ def train(config, path, device, saved, parent):
         flip = torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip
         x = torch.where(flip, x.flip(3), x)
         x, *noise = [tensor.to(device) for tensor in (x, *model.noise(len(x), g))]
-        for group in optimizer.param_groups:
-            group['lr'] = config.lr * min(1, (step + 1) / config.warmup)
+        optimizer.param_groups[0]['lr'] = lr = config.lr * min(1, (step + 1) / config.warmup)
         losses = model(x, *noise)
         optimizer.zero_grad()
         losses[0].backward()
@@ -848,10 +837,9 @@ def train(config, path, device, saved, parent):
 
         means, now = (sums / count).tolist(), time.monotonic()
         if not math.isfinite(sum(means)):
-            raise UserError(f'the loss became {means[0]} before step {done}: try a smaller --lr '
-                            f'({path} is as it was last saved)')
+            raise UserError(f'the loss is {means[0]} at step {done}: try --lr below {config.lr}')
         rate, left = count * config.batch / (now - row_time), config.steps - done
-        rows.append([done, *means, optimizer.param_groups[0]['lr'], round(rate, 1)])
+        rows.append([done, *means, lr, round(rate, 1)])
         sums, count, row_time = 0, 0, now
         text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
         report(f'step {done}/{config.steps}  {text}  {rate:.0f} images/s  '
@@ -862,16 +850,15 @@ def train(config, path, device, saved, parent):
                             model=model.state_dict(), optimizer=optimizer.state_dict()), buffer)
             write_atomically(path, buffer.getvalue())
             table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
-            lines = [','.join(map(str, row)) + '\n' for row in table]
-            write_atomically(path.with_suffix('.csv'), ''.join(lines).encode())
+            lines = '\n'.join(','.join(map(str, row)) for row in table) + '\n'
+            write_atomically(path.with_suffix('.csv'), lines.encode())
             averaged = copy.deepcopy(model).eval()
             averaged.load_state_dict(ema, strict=False)
             write_grid(path.with_suffix('.png'), picture(averaged, held_out, device), config.data)
             save_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
-# ==================================================================================================
-# 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain
+# ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
 
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 
@@ -916,15 +903,13 @@ def write_grid(path, rows, data):
     write_png(path, grid)
 
 def export(options, settings, names, config, make):
-    """Write PNG/name/000000.png ... for each name; make(chunk, n) gives a batch for each.
-    Chunks that exist are not made again; a folder made with other settings is a UserError."""
+    """Write what is missing of PNG/name/000000.png ...; make(chunk, n) gives a batch a name."""
     folder, num, start = Path(options.png), options.num, time.monotonic()
     note = folder / 'settings.json'
     before = json.loads(note.read_text()) if note.exists() else settings
     for key in before.keys() | settings.keys():
         if before.get(key) != settings.get(key):
-            raise UserError(f'--png {folder}: was made with {key} {before.get(key)}, not '
-                            f'{settings.get(key)}; choose another folder')
+            raise UserError(f'--png {folder}: has {key} {before.get(key)}, not {settings.get(key)}')
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
     write_atomically(note, json.dumps(settings, indent=1).encode())
@@ -938,8 +923,7 @@ def export(options, settings, names, config, make):
         left = (time.monotonic() - start) * (num / end - 1)
         report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 
-# ==================================================================================================
-# 9. COMMAND LINE
+# ==== 9. COMMAND LINE =============================================================================
 
 def command_train(given):
     """train a stage: start, resume or extend it"""
@@ -953,8 +937,7 @@ def command_train(given):
     saved = load_checkpoint(path, stage, form)
     parent = load_checkpoint(first, 1, '1') if stage == 2 and not saved else None
     if stage == 2 and form != 'uncond' and not (saved or parent):
-        raise UserError(f'no {first}: first run python diffusevae.py train --stage 1, with the '
-                        f'same --data, --preset and --out')
+        raise UserError(f'no {first}: first run python diffusevae.py train --stage 1 for it')
     config = resolve(given, (saved or parent or {}).get('config', {}), path if saved else first)
     config.precision = config.precision or precision
     if saved and config.steps < saved['step']:
@@ -981,11 +964,10 @@ def command_sample(given):
         if not options.png or options.num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
         order = epoch_order(len(images), options.seed, 0)
-        return export(options, dict(real=config.data, seed=options.seed), ['real'], config,
-                      lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])])
+        make = lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])]
+        return export(options, dict(real=config.data, seed=options.seed), ['real'], config, make)
     if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
-        raise UserError(f'--steps {options.steps}: must be at most --start, which is at most T, '
-                        f'{config.timesteps} for this model')
+        raise UserError(f'--steps {options.steps}: at most --start, at most T = {config.timesteps}')
     device, _ = choose_device(options.device)
     model = build(config)
     model.load_state_dict(saved['model'] | saved['ema'])
@@ -993,10 +975,9 @@ def command_sample(given):
     names = ['drafts', 'refined'] if model.vae else ['refined']
     make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
     if options.png:
-        fixed = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
-        settings = {name: getattr(options, name) for name in fixed}
-        return export(options, settings | dict(model=str(path), trained=saved['step']), names,
-                      config, make)
+        settings = {f.name: getattr(options, f.name) for f in fields(Sampling)
+                    if f.metadata['kind'] == 'fixed'} | dict(model=str(path), trained=saved['step'])
+        return export(options, settings, names, config, make)
     if options.num > CHUNK:
         raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
     fill = torch.ones(-options.num % 16 if options.num > 16 else 0, *model.image_shape)
@@ -1006,8 +987,7 @@ def command_sample(given):
     write_grid(grid, rows, config.data)
     print(f'{grid}: {" above ".join(names)}')
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+class Parser(argparse.ArgumentParser):  # with errors of one line
     def error(self, message):
         raise UserError(message)
 
