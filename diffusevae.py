@@ -17,7 +17,8 @@ z is a few dozen numbers, can be edited and interpolated, and fixes the layout; 
     python diffusevae.py train --stage 2 --form uncond      # the baseline, a DDPM without drafts
     python diffusevae.py train --stage 1 --preset cifar10   # the paper's scale, for a GPU
 
-@ATTAINS@
+On 2 cores without matrix units (Intel Xeon, float32) the first three commands take 8 minutes: the
+drafts hold 3% of the real images' energy in the finest detail, the refined samples 69%.
 
 Sections: 1 data; 2 VAE, 3 diffusion, 4 U-Net, 5 the two-stage model (these four are the method:
 tensors in, tensors out, no files, arguments or devices); 6 settings, 7 training, 8 sampling,
