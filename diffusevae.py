@@ -806,6 +806,9 @@ def train(config, path, device, saved, parent):
         model.load_state_dict(saved['model'])
     elif config.stage == 2 and model.vae:
         model.vae.load_state_dict(parent['model'])
+    elif config.stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5
+        mean = images.batch(range(min(1000, len(images)))).mean()  # the sigmoid is driven so far
+        nn.init.constant_(model.head.bias, torch.logit(mean))  # down that its gradient vanishes
     model.to(device, memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     ema = {name: p.detach().clone() for name, p in trained.items()}
