@@ -278,8 +278,12 @@ def test_vae_maps_images_to_codes_and_back():
     x = torch.rand(3, 1, 8, 8)
     mu, logvar = vae.encode(x)
     assert mu.shape == logvar.shape == (3, 4) and not torch.equal(mu, logvar)
-    x_hat = vae.decode(50 * mu)
-    assert x_hat.shape == x.shape and 0 <= x_hat.min() and x_hat.max() <= 1
+    x_hat = vae.decode(mu)
+    assert x_hat.shape == x.shape
+    nn.init.constant_(vae.head.bias, 50.0)
+    assert vae.decode(mu).max() <= 1
+    nn.init.constant_(vae.head.bias, -50.0)
+    assert vae.decode(mu).min() >= 0
     assert vae.mu.bias is None and vae.logvar.bias is None and vae.stem.bias is None
     eps = randn(3, 4, dtype=torch.float32)
     by_hand = dv.negative_elbo(x, vae.decode(mu + (logvar / 2).exp() * eps), mu, logvar)
@@ -846,6 +850,30 @@ def test_resumed_training_is_bit_identical(trained, tmp_path, stage):
             assert run(*command, *options) == 0
     name = 'stage1.pt' if stage == 1 else 'stage2-form1.pt'
     assert contents(tmp_path / 'whole' / name) == contents(tmp_path / 'parts' / name)
+
+
+def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
+    """All steps and seeds differ, and step s of one seed repeats: a function of (seed, s) alone."""
+    drawn = []
+    noise = dv.VAE.noise
+    monkeypatch.setattr(dv.VAE, 'noise',
+                        lambda self, n, g: drawn.append(noise(self, n, g)) or drawn[-1])
+    for i, seed in enumerate((0, 0, 1)):
+        command = ['train', '--stage', 1, '--steps', 3, '--seed', seed, '--out', tmp_path / str(i)]
+        assert run(*command, *NARROW) == 0
+    steps = [eps for eps, in drawn if len(eps) == 4]  # `build` tries the network with 2 images
+    assert len(steps) == 9 and all(map(torch.equal, steps[:3], steps[3:6]))
+    different = [*steps[:3], *steps[6:]]
+    assert not any(torch.equal(a, b) for i, a in enumerate(different) for b in different[:i])
+
+
+def test_vae_of_a_mostly_black_set_does_not_die(tmp_path):
+    """The decoder starts at the mean pixel: from 0.5 the sigmoid would be driven flat."""
+    root, out = mnist_files(tmp_path), tmp_path / 'out'
+    command = ['train', '--stage', 1, '--data', 'mnist', '--root', root, '--out', out]
+    assert run(*command, '--steps', 1, '--lr', 0, *NARROW) == 0
+    bias = torch.load(out / 'stage1.pt', weights_only=True)['model']['head.bias']
+    assert torch.allclose(bias.sigmoid(), dv.load_images('mnist', root).batch(range(40)).mean())
 
 
 def test_resume_finish_extend_contradict(trained, capsys):
