@@ -4,7 +4,6 @@ Sections as in diffusevae.py. No network, no GPU; the data files are made on the
 tests that start processes are at the end.
 """
 import csv
-import json
 import math
 import os
 import pickle
@@ -20,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from einops import rearrange
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
