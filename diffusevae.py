@@ -549,7 +549,7 @@ class DiffuseVAE(nn.Module):
     def noise(self, n, generator):
         """What a training step on n images draws: eps_z [n, z_dim], t [n], eps [n, C, H, W]."""
         # t is uniform for every image, but spread evenly over the batch (one draw in each n-th of
-        # 0 ... T - 1): the loss falls 500-fold from t = 0 to T - 1, noise that the gradient is spared.
+        # 0 ... T - 1): the loss falls 500-fold from t = 0 to T - 1, noise the gradient is spared.
         T = len(self.diffusion.schedule)
         t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
         return (torch.randn(n, self.vae.z_dim if self.vae else 0, generator=generator),
