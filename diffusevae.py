@@ -1,51 +1,39 @@
 """DiffuseVAE in one file: a VAE drafts, a diffusion model refines.
 
-To be read beside Pandey, Mukherjee, Rai, Kumar: "DiffuseVAE: Efficient, Controllable and
-High-Fidelity Generation from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. This is not the
-authors' code. NOTES.md derives the formulas.
+To be read beside Pandey et al., "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation
+from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' code; see NOTES.md.
 
     z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
                                                                v  (as extra input channels)
     y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
 
 z is a few dozen numbers, can be edited and interpolated, and fixes the layout; the diffusion model
-(DDPM) paints the detail that the draft lacks, and few of its steps are enough for that.
+(DDPM) paints the detail that the draft lacks, and few of its steps are enough for that. Sections 2
+to 5 are the method: tensors in, tensors out, no files, arguments or devices.
 
-    python diffusevae.py train --stage 1                    # the VAE: runs/shapes/stage1.pt
-    python diffusevae.py train --stage 2                    # the DDPM on its drafts
-    python diffusevae.py sample                             # drafts above refined images, as a PNG
-    python diffusevae.py train --stage 2 --form uncond      # the baseline, a DDPM without drafts
-    python diffusevae.py train --stage 1 --preset cifar10   # the paper's scale, for a GPU
+    python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
+    python diffusevae.py train --stage 2      # the DDPM on its drafts
+    python diffusevae.py sample               # drafts above refined images, as a PNG
 
-On 2 cores without matrix units (Intel Xeon, float32) the first three commands take 8 minutes: the
-drafts hold 3% of the real images' energy in the finest detail, the refined samples 69%.
-
-Sections: 1 data; 2 VAE, 3 diffusion, 4 U-Net, 5 the two-stage model (these four are the method:
-tensors in, tensors out, no files, arguments or devices); 6 settings, 7 training, 8 sampling,
-9 command line.
+MEASURED
 """
-import argparse, copy, hashlib, io, json, math, os, re, sys, time
+import argparse, copy, hashlib, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
+import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageOps
-from torchvision import datasets
+from torchvision import datasets, utils
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import make_grid
 
 class UserError(Exception):
     """What the user can put right: `main` prints it as one line and returns exit code 2."""
 
 def generator(*key):
     """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
-    # Whatever is random in training step s is a function of (seed, s) alone: so runs repeat, and a
-    # resumed run needs no generator state.
+    # Training step s draws from that of (seed, 'step', s): runs repeat, and resume without state.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
 
@@ -55,11 +43,11 @@ def generator(*key):
 
 def draw_shapes(n, generator, size=32):
     """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn; the stripes, 4.5 pixels a period in one of four
+    # The factors are what a VAE can learn; the stripes, 5 pixels a period in one of four
     # directions at any phase, are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
-    kind, hue, ground = (3 * u[0]).long(), u[1], u[2]
-    center_x, center_y, radius = 0.4 + 0.2 * u[3], 0.4 + 0.2 * u[4], 0.26 + 0.1 * u[5]
+    kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
+    center_x, center_y, radius = 0.43 + 0.14 * u[3], 0.43 + 0.14 * u[4], 0.26 + 0.1 * u[5]
     angle, phase = math.pi / 4 * (4 * u[6]).floor(), 2 * math.pi * u[7]
     pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
     x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
@@ -68,117 +56,87 @@ def draw_shapes(n, generator, size=32):
                             torch.maximum(x.abs(), y.abs()) - 0.9 * radius,
                             torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.65 * radius])
     distance = distance[kind.flatten(), torch.arange(n)]
-    inside = (0.5 - size * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
-    stripes = torch.sin(2 * math.pi / 4.5 * size * (x * angle.cos() + y * angle.sin()) + phase)
-
+    inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
+    stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
     def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
-        k = (torch.tensor([5.0, 3.0, 1.0]) + 6 * hue) % 6
-        rgb = value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
-        return rearrange(rgb, 'n one c -> n c one 1')
-
-    shape = colour(hue, 0.75, 0.7) * (1 + 0.4 * stripes[:, None])
+        k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
+        return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+    shape = colour(hue, 0.75, 0.62) * (1 + 0.6 * stripes[:, None])
     image = inside * shape + (1 - inside) * colour(ground, 0.4, 0.45)
     factors = dict(kind=kind, hue=hue, ground=ground, x=center_x, y=center_y, size=radius)
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
 
 class Images:
-    """A data set: `batch(indices)` is float [B, C, H, W] in [0, 1], `labels[name]` is [N].
-    `pixels` is uint8 [N, C, H, W], or names of files that `open_image(i)` opens as PIL images; they
-    are kept in memory if they fit in 1 GB, else read when asked for."""
-    def __init__(self, pixels, labels={}, open_image=None):
-        self.pixels, self.labels, self.open_image = pixels, labels, open_image
-        self.unreadable, self.pool = set(), ThreadPoolExecutor(os.cpu_count())
-        if open_image and self.read(0).numel() * len(pixels) <= 1e9:
+    """uint8 pixels [N, C, H, W], or paths of images to bring to size x size: kept in memory if they
+    fit in 1 GB, else read when asked for. `batch` is float [B, C, H, W] in [0, 1]."""
+    def __init__(self, pixels, labels={}, size=None, crop=True):
+        self.pixels, self.labels, self.size = pixels, labels, size
+        self.fit = partial(ImageOps.fit, method=Image.LANCZOS) if crop else Image.Image.resize
+        self.unreadable, self.pool = set(), ThreadPoolExecutor()  # PIL decodes in parallel
+        if size and 3 * size**2 * len(pixels) <= 1e9:
             images = torch.stack(list(self.pool.map(self.read, range(len(pixels)))))
             good = [i for i in range(len(pixels)) if i not in self.unreadable]
-            self.pixels, self.open_image = images[good], None
+            self.pixels, self.size = images[good], None
             self.labels = {name: label[good] for name, label in labels.items()}
 
     def __len__(self):
         return len(self.pixels)
 
     def read(self, i):
-        """File i as uint8 [3, H, W]; if it is unreadable, a warning and the next one."""
-        for k in [*range(int(i), len(self)), *range(int(i))]:
+        """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
+        order = [*range(int(i), len(self)), *range(int(i))]
+        for k in (k for k in order if k not in self.unreadable):
             try:
-                return pil_to_tensor(self.open_image(k).convert('RGB'))
+                image = ImageOps.exif_transpose(Image.open(self.pixels[k]))
+                if image.mode.startswith('I'):  # 16 bits: keep the upper 8, `convert` would clip
+                    image = image.convert('I').point(lambda v: v / 256).convert('L')
+                return pil_to_tensor(self.fit(image.convert('RGB'), (self.size, self.size)))
             except Exception as error:  # PIL's decoders raise nearly anything on a broken file
-                if k not in self.unreadable:
-                    print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
                 self.unreadable.add(k)
+                print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
         raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
 
     def batch(self, indices):
-        if self.open_image:  # PIL decodes outside Python's lock, so threads help
-            return torch.stack(list(self.pool.map(self.read, indices))).float() / 255
-        return self.pixels[indices].float() / 255
+        x = torch.stack([*self.pool.map(self.read, indices)]) if self.size else self.pixels[indices]
+        return x.float() / 255
 
 GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
-WHAT_TO_PUT = dict(  # below --root
-    mnist='MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
-    fashion='FashionMNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte',
-    cifar10='cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}',
-    celeba='celeba/img_align_celeba/*.jpg and celeba/*.txt')
+NAMED = dict(  # what reads a named data set, and the files that it reads or downloads below --root
+    mnist=(datasets.MNIST, 'MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte'),
+    fashion=(datasets.FashionMNIST, 'FashionMNIST/raw/, named as those of mnist'),
+    cifar10=(datasets.CIFAR10, 'cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}'),
+    celeba=(datasets.CelebA, 'celeba/img_align_celeba/*.jpg and celeba/*.txt'))
 
 def load_images(data, root='data', size=32, train=True):
     """The training or held-out `Images` of a data set's name or a folder's path, or a UserError."""
     if data == 'shapes':
         return Images(*draw_shapes(20_000 if train else 2_000, generator('shapes', train), size))
-    if data not in WHAT_TO_PUT:
-        return load_folder(data, size, train)
+    if data not in NAMED:
+        # Held out are the 5% of names with the lowest hash: stable when files are added.
+        kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
+        digest = lambda path: hashlib.sha256(path.relative_to(data).as_posix().encode()).digest()
+        paths = sorted((p for p in Path(data).rglob('*') if p.suffix.lower() in kinds), key=digest)
+        split = max(1, sum(digest(path)[0] < 0.05 * 256 for path in paths))
+        if len(paths) <= split:
+            raise UserError(f'--data {data}: neither {", ".join(NAMED)}, nor a folder of images')
+        return Images(paths[split:] if train else paths[:split], size=size)
+    dataset, files = NAMED[data]
+    split = dict(split='train' if train else 'test') if data == 'celeba' else dict(train=train)
     try:
-        if data == 'celeba':
-            found = datasets.CelebA(root, 'train' if train else 'test', download=True)
-        else:
-            found = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST,
-                         cifar10=datasets.CIFAR10)[data](root, train, download=True)
+        found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f'--data {data}: not under --root {root}, and the download failed '
-                        f'({str(error).splitlines()[0]}); put {WHAT_TO_PUT[data]} there') from error
+                        f'({str(error).splitlines()[0]}); put {files} there') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
-        return Images(found.filename, labels, lambda i: found[i][0].resize((size, size)))
+        paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
+        return Images(paths, labels, size, crop=False)
     if size != 32:
         raise UserError(f'--size {size}: the images of --data {data} are 32x32')
     labels = {'digit' if data == 'mnist' else 'class': torch.as_tensor(found.targets)}
     if data in GREY:
         return Images(F.pad(found.data[:, None], (2, 2, 2, 2)), labels)  # [N, 1, 32, 32]
     return Images(rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x'), labels)
-
-def load_folder(folder, size, train):
-    """The training or held-out images of a folder, centre-cropped and resized."""
-    if not Path(folder).is_dir():
-        raise UserError(f'--data {folder}: no folder, and none of shapes, {", ".join(WHAT_TO_PUT)}')
-    endings = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
-    paths = [path for path in Path(folder).rglob('*') if path.suffix.lower() in endings]
-    # Held out are the names that hash to the lowest 5%, or the lowest one: added files and a
-    # renamed folder don't change the choice.
-    name = lambda path: path.relative_to(folder).as_posix().encode()
-    place = {path: int(hashlib.sha256(name(path)).hexdigest(), 16) / 2**256 for path in paths}
-    paths.sort(key=place.get)
-    split = max(1, sum(place[path] < 0.05 for path in paths))
-    if len(paths) <= split:
-        raise UserError(f'--data {folder}: {len(paths)} images, 2 are needed ({" ".join(endings)})')
-    paths = paths[split:] if train else paths[:split]
-
-    def open_image(i):
-        with Image.open(paths[i]) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith('I'):  # 16 bits: keep the upper 8, `convert` would clip
-                image = image.convert('I').point(lambda v: v / 256).convert('L')
-            return ImageOps.fit(image.convert('RGB'), (size, size), Image.Resampling.LANCZOS)
-
-    return Images(paths, open_image=open_image)
-
-@lru_cache(maxsize=2)
-def epoch_order(n, seed, epoch):
-    """The order in which an epoch visits n images: [n]."""
-    return torch.randperm(n, generator=generator(seed, 'epoch', epoch))
-
-def batch_indices(n, batch, seed, step):
-    """The images of training step `step`: [batch], from an endless row of shuffled epochs."""
-    places = range(step * batch, (step + 1) * batch)
-    return torch.stack([epoch_order(n, seed, p // n)[p % n] for p in places])
 
 # ==== 2. VAE: the generator of drafts =============================================================
 #    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
@@ -235,22 +193,18 @@ def backbone(layers, width):
         if not match:
             raise ValueError(f'layer {layer!r} is none of RxN, RdF, RuF, RtS')
         resolution, kind, n = int(match[1]), match[2], int(match[3])
-        if kind in 'xd':
-            blocks = n if kind == 'x' else 1
-            modules += [VAEBlock(width[resolution], resolution) for _ in range(blocks)]
-        if kind == 'd':
-            modules.append(nn.AvgPool2d(n))
-        elif kind == 'u':
-            modules.append(nn.Upsample(scale_factor=n))
-        elif kind == 't':
-            modules.append(nn.Conv2d(width[resolution], width[n], 1, bias=False))
+        blocks = n if kind == 'x' else 1 if kind == 'd' else 0
+        modules += [VAEBlock(width[resolution], resolution) for _ in range(blocks)]
+        if kind != 'x':
+            modules.append(nn.AvgPool2d(n) if kind == 'd' else
+                           nn.Upsample(scale_factor=n) if kind == 'u' else
+                           nn.Conv2d(width[resolution], width[n], 1, bias=False))
     return nn.Sequential(*modules)
 
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
-    metrics = ('loss', 'squared_error', 'kl')
-
+    metrics = 'loss', 'squared_error', 'kl'
     def __init__(self, channels, size, encoder, decoder, width, alpha=1.0):
         super().__init__()
         self.z_dim, self.alpha = width[1], alpha
@@ -285,9 +239,8 @@ class VAE(nn.Module):
 #    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
 #    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
 #    baseline y_t := x_t.) So this section knows only y, and section 5 what the network is shown.
-#    All formulas are in alpha_bar, at the present time t, and alpha_bar_next, at the next smaller
-#    time of the chain: t - 1 in training, further on a sampler's coarser grid, 1 after its last
-#    step. In code t = 0 ... T - 1 stands for the paper's 1 ... T.
+#    All formulas are in alpha_bar, at time t, and alpha_bar_next, at the next smaller time of a
+#    sampler's grid (1 after its last step). In code t = 0 ... T - 1 is the paper's 1 ... T.
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
@@ -357,12 +310,11 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
 def time_grid(T, n, spacing='uniform'):
     """n distinct times from high to low, 1 <= n <= T; 'quadratic' ones crowd near 0."""
     if spacing == 'uniform' or n == 1:  # from T - 1 down to T/n - 1
-        grid = [math.floor((i + 1) * T / n + 0.5) - 1 for i in range(n)]
-    else:  # from 0.8 T down to 0; where rounding would merge two times, the next free one
-        grid = [0]
-        for i in range(1, n):
-            wanted = round((i / (n - 1)) ** 2 * 0.8 * T)
-            grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
+        return [math.floor(i * T / n + 0.5) - 1 for i in range(n, 0, -1)]
+    grid = [0]  # from 0.8 T down to 0; where rounding would merge two times, the next free one
+    for i in range(1, n):
+        wanted = round((i / (n - 1)) ** 2 * 0.8 * T)
+        grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
     return grid[::-1]
 
 class Diffusion(nn.Module):
@@ -421,11 +373,11 @@ class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, c_emb, groups=1, dropout=0.0, scale_shift=False):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.scale_shift = scale_shift
         self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
         self.norm2, self.dropout = nn.GroupNorm(groups, c_out), nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        self.scale_shift = scale_shift
 
     def forward(self, h, emb):
         r = self.conv1(F.silu(self.norm1(h)))
@@ -455,8 +407,7 @@ class Attention(nn.Module):
 
 class UNet(nn.Module):
     """eps_theta: x [B, in_channels, size, size], t [B], z [B, z_dim] -> [B, out_channels, ...].
-    `attention` names resolutions in pixels; z_dim = 0 takes no z. With bf16 all but the head runs
-    in bfloat16; the output is float32 in any case."""
+    `attention` names resolutions; z_dim = 0: no z. bf16: in bfloat16 but for the float32 head."""
     def __init__(self, in_channels, out_channels, size, channels, multipliers, blocks, attention=(),
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
@@ -493,38 +444,32 @@ class UNet(nn.Module):
         self.head_norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
 
-    def trunk(self, x, t, z):
-        """All layers but the head: -> [B, channels, size, size]."""
-        emb = self.time_mlp(time_embedding(t, self.channels))
-        if self.z_mlp:
-            emb = emb + self.z_mlp(z)
-        h = self.stem(x)
-        skips = [h]
-        for layers in self.down:  # a block with its attention, or the halving of the resolution
-            h = layers[0](h, emb) if len(layers) > 1 else h
-            h = layers[-1](h)
-            skips.append(h)
-        block1, attend, block2 = self.middle
-        h = block2(attend(block1(h, emb)), emb)
-        for block, *others in self.up:  # a block with its attention, some with a doubling too
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
-            for layer in others:
-                h = layer(h)
-        return h
-
     def forward(self, x, t, z=None):
-        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            h = self.trunk(x, t, z)
+        device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+            emb = self.time_mlp(time_embedding(t, self.channels))
+            if self.z_mlp:
+                emb = emb + self.z_mlp(z)
+            h = self.stem(x)
+            skips = [h]
+            for layers in self.down:  # a block with its attention, or the halving of the resolution
+                h = layers[0](h, emb) if len(layers) > 1 else h
+                h = layers[-1](h)
+                skips.append(h)
+            block1, attend, block2 = self.middle
+            h = block2(attend(block1(h, emb)), emb)
+            for block, *others in self.up:  # a block with its attention, some with a doubling too
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                for layer in others:
+                    h = layer(h)
         return self.head(F.silu(self.head_norm(h.float())))
 
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
 
 class DiffuseVAE(nn.Module):
-    """A frozen VAE, a U-Net and a diffusion; `forward` is the loss of stage 2.
-    For form '1' and '2' the U-Net takes 2C channels (and z, if built for it); form 'uncond' is a
-    DDPM alone, with vae = None and C channels. image_shape = (C, H, W)."""
+    """Frozen VAE, U-Net (2C channels in, and z if built for it); `forward` is the loss of stage 2.
+    Form 'uncond' is a DDPM alone: vae = None and C channels in. image_shape = (C, H, W)."""
     metrics = ('loss',)
-
     def __init__(self, vae, unet, diffusion, form, image_shape):
         super().__init__()
         self.vae = vae.requires_grad_(False).eval() if vae else None
@@ -532,9 +477,7 @@ class DiffuseVAE(nn.Module):
 
     def train(self, mode=True):
         """As for every module, except that the frozen VAE stays in eval mode."""
-        super().train(mode)
-        if self.vae:
-            self.vae.eval()
+        self.unet.train(mode)
         return self
 
     def eps_theta(self, y_t, t, x_hat, z):
@@ -556,126 +499,110 @@ class DiffuseVAE(nn.Module):
                 t.long().clamp(max=T - 1), torch.randn(n, *self.image_shape, generator=generator))
 
     def forward(self, x, eps_z, t, eps):
-        x_hat = z = None
-        if self.vae:
-            with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
-                z = reparameterize(*self.vae.encode(x), eps_z)
-                x_hat = 2 * self.vae.decode(z) - 1
-        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
-        return (self.diffusion.loss(eps_theta, 2 * x - 1, t, eps),)
+        with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
+            z = reparameterize(*self.vae.encode(x), eps_z) if self.vae else None
+            x_hat = 2 * self.vae.decode(z) - 1 if self.vae else None
+        return (self.diffusion.loss(partial(self.eps_theta, x_hat=x_hat, z=z), 2 * x - 1, t, eps),)
 
-    @torch.no_grad()
     def generate(self, z, y_T, noise, **how):
-        """z [B, z_dim], y_T [B, C, H, W] -> (draft, refined) in [0, 1]; `how`: Diffusion.sample's.
-        For 'uncond', z and the draft are None."""
+        """(draft, refined) in [0, 1]; `how`: Diffusion.sample's. For 'uncond', draft is None."""
         draft = self.vae.decode(z) if self.vae else None
         x_hat = 2 * draft - 1 if self.vae else None
-        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
-        x_0 = self.diffusion.sample(eps_theta, y_T, noise, **how)
+        x_0 = self.diffusion.sample(partial(self.eps_theta, x_hat=x_hat, z=z), y_T, noise, **how)
         return draft, (x_0 + 1) / 2
 
 # ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
-#    A run's settings are, later ones winning: the defaults below, the preset's, stage 1's for
-#    stage 2, the command line.
+#    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
 
+FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
 ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
-widths = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
-
-def option(default, help, low=None, high=math.inf, choices=None, kind='fixed'):
-    """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
-    return field(default=default, metadata=dict(locals()))
-
-@dataclass
-class Config:
-    """All settings of a training run, kept in its checkpoint."""
-    stage: int = option(None, '1 trains the VAE, 2 the diffusion model', choices=(1, 2))
-    form: str = option('1', 'formulation of stage 2, or the baseline', choices=('1', '2', 'uncond'))
-    preset: str = option('small', 'small for a CPU, or a configuration of the paper', kind='passed',
-                         choices=('small', 'cifar10', 'celeba64', 'celebahq128', 'celebahq256'))
-    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, a folder', kind='passed')
-    root: str = option('data', 'where the files of a named data set are, or go', kind='free')
-    out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
-    size: int = option(32, 'height and width of the images', 4, 4096, kind='passed')
-    flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
-    encoder: str = option(None, "VAE: encoder in the authors' layer shorthand", kind='passed')
-    decoder: str = option(None, 'VAE: decoder', kind='passed')
-    width: dict = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
-    alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
-    timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
-    channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
-    multipliers: tuple = option((1, 2, 2), 'U-Net: channel multiplier of each level')
-    blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
-    attention: tuple = option((), 'U-Net: resolutions with attention, beside the middle')
-    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
-    dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
-    z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
-    precision: str = option(None, "of the U-Net's trunk; default: what the device declares fast",
-                            choices=('float32', 'bfloat16'))
-    steps: int = option(3000, 'training steps; a larger number extends a run', 1, kind='free')
-    batch: int = option(16, 'images a step', 1, 1_000_000)
-    lr: float = option(2e-3, "Adam's learning rate", 0, 1)
-    warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
-    clip: float = option(math.inf, 'largest norm of the gradient', 0)
-    ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
-    seed: int = option(0, 'seed of everything random', 0)
-    device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
-    save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
+pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
 
 # Paper and authors' YAML, except: batch (over all GPUs), epochs, heads and dropout are the authors'
 # scripts', attention on CIFAR-10 is their reproduction branch's. CelebA trains on 162,770 images.
 length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
 VAE1 = dict(lr=1e-4, warmup=1)
-DDPM2 = dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000, clip=1.0,
-             ema=0.9999, flip=True)
-PRESETS = {  # settings of both stages, of stage 1, of stage 2
-    'small': ({}, dict(alpha=0.1, batch=32, steps=1800),  # ours, for ten minutes on two cores:
-              dict(clip=1.0, ema=0.9999, flip=True, steps=3300)),  # NOTES.md tells how it was found
-    'cifar10': (
-        dict(data='cifar10', size=32, width=widths('32:64,16:128,8:256,4:256,1:512'),
-             encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
-             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
-        VAE1 | length(500, 50_000, 128), DDPM2 | length(2850, 50_000, 256) | dict(
+DDPM = dict(clip=1.0, ema=0.9999, flip=True)
+PAPER = DDPM | dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000)
+PRESETS = {  # settings of both stages, of stage 1, of stage 2; 'small' is ours, see NOTES.md
+    'small': (dict(data='shapes'), dict(alpha=0.03, ema=0.9999, steps=1800), DDPM),
+    'cifar10': (dict(data='cifar10', size=32, width=pairs('32:64,16:128,8:256,4:256,1:512'),
+        encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
+        decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
+        VAE1 | length(500, 50_000, 128), PAPER | length(2850, 50_000, 256) | dict(
             multipliers=(1, 2, 2, 2), attention=(16,), dropout=0.3)),
-    'celeba64': (
-        dict(data='celeba', size=64, width=widths('64:64,32:128,16:256,8:256,4:256,1:512'),
-             encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
-             decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
-        VAE1 | length(245, 162_770, 32), DDPM2 | length(500, 162_770, 128) | dict(
+    'celeba64': (dict(data='celeba', size=64, width=pairs('64:64,32:128,16:256,8:256,4:256,1:512'),
+        encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
+        decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
+        VAE1 | length(245, 162_770, 32), PAPER | length(500, 162_770, 128) | dict(
             multipliers=(1, 2, 2, 2, 4), attention=(4,))),
-    'celebahq128': (
-        dict(data=None, size=128, encoder='128x1,128d2,128t64,64x3,64d2,64t32,32x3,32d2,32t16,16x7,'
-             '16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2', decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16'
-             ',16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1',
-             width=widths('128:64,64:64,32:128,16:128,8:256,4:512,1:1024')),
-        VAE1 | length(500, 30_000, 42) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
-            multipliers=(1, 2, 2, 3, 4), attention=(8,), lr=2e-5)),
-    'celebahq256': (
-        dict(data=None, size=256, encoder='256x3,256d2,256t128,128x3,128d2,128t64,64x5,64d2,64t32,'
-             '32x7,32d2,32t16,16x9,16d2,16t8,8x7,8d2,8t4,4x5,4d4,4t1,1x2', decoder='1x2,1u4,1t4,4x4'
-             ',4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,32t64,64x4,64u2,64t128,128x2,128u2,'
-             '128t256,256x2', width=widths('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024')),
-        VAE1 | length(500, 30_000, 16) | dict(flip=True), DDPM2 | length(1000, 30_000, 64) | dict(
-            multipliers=(1, 1, 2, 2, 4, 4), attention=(16,), lr=2e-5))}
+    'celebahq128': (dict(size=128, flip=True, multipliers=(1, 2, 2, 3, 4), attention=(8,),
+        width=pairs('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'), encoder='128x1,128d2,128t64,'
+        '64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2', decoder='1x1,'
+        '1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1'),
+        VAE1 | length(500, 30_000, 42), PAPER | length(1000, 30_000, 64) | dict(lr=2e-5)),
+    'celebahq256': (dict(size=256, flip=True, multipliers=(1, 1, 2, 2, 4, 4), attention=(16,),
+        width=pairs('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'), encoder='256x3,256d2,'
+        '256t128,128x3,128d2,128t64,64x5,64d2,64t32,32x7,32d2,32t16,16x9,16d2,16t8,8x7,8d2,8t4,4x5,'
+        '4d4,4t1,1x2', decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,'
+        '32t64,64x4,64u2,64t128,128x2,128u2,128t256,256x2'),
+        VAE1 | length(500, 30_000, 16), PAPER | length(1000, 30_000, 64) | dict(lr=2e-5))}
 SMALL_NETWORKS = {  # by image size, where no preset says: ours
     32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
-             width=widths('32:16,16:32,8:64,4:128,1:32')),
+             width=pairs('32:16,16:32,8:64,4:128,1:16')),
     64: dict(encoder='64d4,64t16,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64',
-             width=widths('64:16,32:16,16:32,8:64,4:128,1:64'))}
+             width=pairs('64:16,32:16,16:32,8:64,4:128,1:64'))}
+
+def option(default, help, low=None, high=1e15, choices=None, kind='fixed'):
+    """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
+    return field(default=default, metadata=dict(locals()))
 
 @dataclass
-class Sampling:
-    """How images are generated."""
+class Config:
+    """All settings of a training run, kept in its checkpoint. A type is what parses the text."""
+    stage: int = option(None, '1 trains the VAE, 2 the diffusion model', choices=(1, 2))
+    form: str = option('1', 'formulation of stage 2, or the baseline', choices=FORMS)
+    preset: str = option('small', 'ours, or one of the paper', choices=PRESETS, kind='passed')
+    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, a folder', kind='passed')
+    root: str = option('data', 'where the files of a named data set are, or go', kind='free')
+    out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
+    size: int = option(32, 'height and width of images; 64 for celeba', 4, 4096, kind='passed')
+    flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
+    encoder: str = option(None, "VAE: encoder in the authors' layer shorthand", kind='passed')
+    decoder: str = option(None, 'VAE: decoder', kind='passed')
+    width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
+    alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
+    timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
+    channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
+    multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
+    blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
+    attention: ints = option((), 'U-Net: resolutions with attention, beside the middle')
+    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
+    dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
+    z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
+    precision: str = option(None, 'U-Net; default: fast', choices=('float32', 'bfloat16'))
+    steps: int = option(2200, 'training steps; a larger number extends a run', 1, kind='free')
+    batch: int = option(32, 'images a step', 1, 1_000_000)
+    lr: float = option(2e-3, "Adam's learning rate", 0, 1)
+    warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
+    clip: float = option(math.inf, 'largest norm of the gradient', 0, math.inf)
+    ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
+    seed: int = option(0, 'seed of everything random', 0)
+    device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
+    save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
+
+@dataclass
+class Sampling:  # how images are generated
     out: str = option('runs/shapes', 'folder of the run', kind='free')
-    form: str = option(None, 'which model; default: the first there is', kind='free',
-                       choices=('1', '2', 'uncond'))
+    form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
     num: int = option(64, 'how many images', 1, kind='free')
     steps: int = option(25, 'network calls an image', 1)
-    sampler: str = option('dpm++', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
-    sigma: str = option('large', 'variance of a ddpm step', choices=('large', 'small'))
+    sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
+    sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
-    spacing: str = option('uniform', 'of the times visited', choices=('uniform', 'quadratic'))
+    spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'))
     temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
     shared_noise: bool = option(False, 'one y_T and later noise for all images: only z varies')
     start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
@@ -684,56 +611,40 @@ class Sampling:
     real: bool = option(False, 'with --png: training images, for FID tools', kind='free')
     device: str = option(None, 'as for train', kind='free')
 
-def check(settings):
-    """The same settings, or a UserError for a number that is not finite or out of range."""
-    for f in fields(settings):
-        value, low, high = getattr(settings, f.name), f.metadata['low'], f.metadata['high']
-        if None not in (value, low) and not low <= value <= min(high, 2**53) and value != f.default:
-            limit = f'{low} or more' if high == math.inf else f'from {low} to {high}'
-            raise UserError(f'--{f.name.replace("_", "-")} {value}: must be {limit}')
-    return settings
-
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
-    kinds = {'passed', 'fixed'} if resume else {'passed'} if before else {}
-    kept = {f.name: before[f.name] for f in fields(Config) if f.metadata['kind'] in kinds}
+    keep = ['passed', 'fixed'] if resume else ['passed']
+    kept = {f.name: before[f.name] for f in fields(Config) if before and f.metadata['kind'] in keep}
     for name, value in kept.items():
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
-    if resume:
-        return check(Config(**before | given))
     both, *stages = PRESETS[(kept | given).get('preset', 'small')]
-    root = {'root': before.get('root', 'data')}
-    config = check(Config(**both | stages[given['stage'] - 1] | root | kept | given))
-    if config.data is None:
-        raise UserError(f'--preset {config.preset}: needs --data FOLDER')
-    if config.data == 'celeba' and 'size' not in both | kept | given:
-        config.size = 64
+    fresh = both | stages[given['stage'] - 1] | {'root': before.get('root', 'data')} | kept
+    settings = (before if resume else fresh) | given
+    if 'data' not in settings:
+        raise UserError(f'--preset {settings["preset"]}: needs --data FOLDER')
+    size = settings.setdefault('size', 64 if settings['data'] == 'celeba' else 32)
+    config = Config(**SMALL_NETWORKS.get(size, {}) | settings)
     config.flip = config.flip and config.data not in GREY
-    for name, value in SMALL_NETWORKS.get(config.size, {}).items():
-        setattr(config, name, getattr(config, name) or value)
     if None in (config.encoder, config.decoder, config.width):
         raise UserError(f'--size {config.size}: needs --encoder, --decoder and --width')
     return config
 
 # ==== 7. TRAINING: one loop for both stages =======================================================
-#    A stage is a module: noise(n, generator) draws what a step needs, forward(x, *noise) returns
-#    the loss (and, after it, what else `metrics` names).
+#    A stage is a module: noise(n, generator) draws for a step, forward(x, *noise) gives `metrics`.
 
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    c, vae = 1 if config.data in GREY else 3, None
+    c = 1 if config.data in GREY else 3
     shape = c, config.size, config.size
     try:
-        if config.stage == 1 or config.form != 'uncond':
-            vae = VAE(c, config.size, config.encoder, config.decoder, config.width, config.alpha)
-        model = vae
+        model = vae = None if config.form == 'uncond' else VAE(
+            c, config.size, config.encoder, config.decoder, config.width, config.alpha)
         if config.stage == 2:
-            names = 'size', 'channels', 'multipliers', 'blocks', 'attention', 'heads', 'dropout'
-            unet = UNet(2 * c if vae else c, c, **{name: getattr(config, name) for name in names},
-                        z_dim=vae.z_dim if vae and config.z_cond else 0,
-                        bf16=config.precision == 'bfloat16')
+            unet = UNet(2 * c if vae else c, c, config.size, config.channels, config.multipliers,
+                        config.blocks, config.attention, config.heads, config.dropout,
+                        vae.z_dim if vae and config.z_cond else 0, config.precision == 'bfloat16')
             model = DiffuseVAE(vae, unet, Diffusion(config.timesteps), config.form, shape)
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
@@ -749,28 +660,24 @@ def choose_device(name):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: not on this machine; cpu always is') from error
-    # bfloat16 pays where there are matrix units for it; what the device declares decides.
-    fast = (torch.cuda.is_bf16_supported() if device.type == 'cuda' else
-            device.type == 'cpu' and torch.cpu.get_capabilities().get('amx_bf16', False))
+    # avx512_bf16 does not suffice: 1.4 times as fast as float32 on an AMD EPYC, 0.67 on a Xeon.
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    fast = cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
+    fast = fast or device.type == 'cuda' and torch.cuda.is_bf16_supported()
     return device, 'bfloat16' if fast else 'float32'
 
-def checkpoint_path(out, stage, form):
-    """OUT/stage1.pt, or OUT/stage2-form1.pt, -form2.pt, -uncond.pt."""
-    return Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{"form" * (form in "12")}{form}.pt')
-
-def write_atomically(path, content):
-    """Write bytes so that `path` holds the old or the new content at any time, never a part."""
+def write_atomically(path, write):
+    """write(beside), then rename: `path` is the old file or the new one, never a part."""
     beside = path.with_name(path.name + '.part')
-    with beside.open('wb') as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(beside)
     os.replace(beside, path)
 
-def load_checkpoint(path, stage, form):
-    """The checkpoint of that stage and form on the CPU, None if there is none, or a UserError."""
+def load_checkpoint(out, stage, form):
+    """The path of a checkpoint and its content on the CPU, None if there is no such file."""
+    path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
     if not path.exists():
-        return None
+        return path, None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         found = saved['config']['stage'], saved['config']['form']
@@ -778,7 +685,7 @@ def load_checkpoint(path, stage, form):
         raise UserError(f'{path}: damaged, or not a checkpoint of this program') from error
     if found != (stage, form):
         raise UserError(f'{path}: holds stage {found[0]} form {found[1]}, not what its name says')
-    return saved
+    return path, saved
 
 def ema_update(averages, parameters, step, decay):
     """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
@@ -790,45 +697,59 @@ def ema_update(averages, parameters, step, decay):
 
 def report(text, end=False, last=[0.0]):
     """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
-    if sys.stdout.isatty():
-        print(f'\r{text}\x1b[K', end='\n' if end else '', flush=True)
-    elif end or time.monotonic() - last[0] > 10:
-        print(text, flush=True)
+    tty = sys.stdout.isatty()
+    if tty or end or time.monotonic() - last[0] > 10:
+        print(f'\r{text}\x1b[K' if tty else text, end='' if tty and not end else '\n', flush=True)
         last[0] = time.monotonic()
 
-def train(config, path, device, saved, parent):
-    """Train one stage, from the checkpoint `saved` or the beginning; the VAE's is `parent`."""
+def command_train(given):
+    """train a stage: start, resume or extend it"""
+    stage, form = given['stage'], given.get('form', '1')
+    if stage == 1 and form != '1':
+        raise UserError(f'--form {form}: stage 1 trains the same VAE for all forms; leave it out')
+    data = (PRESETS[given.get('preset', 'small')][0] | given).get('data', '')
+    out = Path(given.get('out') or f'runs/{Path(data).resolve().name}')
+    device, precision = choose_device(given.get('device'))
+    path, saved = load_checkpoint(out, stage, form)
+    source, parent = load_checkpoint(out, 1, '1') if stage == 2 and not saved else (path, None)
+    if stage == 2 and form != 'uncond' and not (saved or parent):
+        raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
+    config = resolve(given, (saved or parent or {}).get('config', {}), source)
+    config.precision = config.precision or precision
+    done, rows = (saved['step'], saved['rows']) if saved else (0, [])
+    if config.steps < done:
+        raise UserError(f'--steps {config.steps}: {path} has {done} already')
+    if config.steps == done:
+        return print(f'{path} is complete: {done} steps; a larger --steps extends it')
+    out.mkdir(parents=True, exist_ok=True)
+    print(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}')
     images = load_images(config.data, config.root, config.size)
     held_out = load_images(config.data, config.root, config.size, train=False)
+    shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     torch.manual_seed(config.seed)  # the initial weights
-    model = build(config)
+    model = build(config).to(device, memory_format=torch.channels_last)
+    if stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5 the
+        mean = images.batch(range(min(1000, len(images)))).mean()  # sigmoid is driven so far down
+        nn.init.constant_(model.head.bias, torch.logit(mean))  # that its gradient vanishes
+    if parent and form != 'uncond':
+        model.vae.load_state_dict(parent['model'])
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    averaged = copy.deepcopy(model).requires_grad_(False).eval()
+    ema = {name: p for name, p in averaged.state_dict().items() if name in trained}
+    optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
     if saved:
         model.load_state_dict(saved['model'])
-    elif config.stage == 2 and model.vae:
-        model.vae.load_state_dict(parent['model'])
-    elif config.stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5
-        mean = images.batch(range(min(1000, len(images)))).mean()  # the sigmoid is driven so far
-        nn.init.constant_(model.head.bias, torch.logit(mean))  # down that its gradient vanishes
-    model.to(device, memory_format=torch.channels_last)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ema = {name: p.detach().clone() for name, p in trained.items()}
-    optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
-    first, rows = 0, []  # rows of the CSV file: step, metrics, learning rate, images/s
-    if saved:
-        first, rows = saved['step'], saved['rows']
-        ema = {name: p.to(device) for name, p in saved['ema'].items()}
+        averaged.load_state_dict(saved['model'] | saved['ema'])
         optimizer.load_state_dict(saved['optimizer'])
-    sums, count, start = 0, 0, time.monotonic()
-    row_time = save_time = start
+    sums, count, first = 0, 0, done
+    start = row_time = save_time = time.monotonic()
     for step in range(first, config.steps):
         g = generator(config.seed, 'step', step)
         torch.manual_seed(g.initial_seed())  # dropout draws from torch's own generator
-        x = images.batch(batch_indices(len(images), config.batch, config.seed, step))
-        flip = torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip
-        x = torch.where(flip, x.flip(3), x)
-        x, *noise = [tensor.to(device) for tensor in (x, *model.noise(len(x), g))]
+        x = images.batch(torch.randint(len(images), (config.batch,), generator=g))
+        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip, x.flip(3), x)
+        losses = model(*[tensor.to(device) for tensor in (x, *model.noise(len(x), g))])
         optimizer.param_groups[0]['lr'] = lr = config.lr * min(1, (step + 1) / config.warmup)
-        losses = model(x, *noise)
         optimizer.zero_grad()
         losses[0].backward()
         nn.utils.clip_grad_norm_(trained.values(), config.clip)
@@ -838,7 +759,6 @@ def train(config, path, device, saved, parent):
             sums, count, done = sums + torch.stack(losses), count + 1, step + 1
         if done % 10 and done < config.steps:
             continue
-
         means, now = (sums / count).tolist(), time.monotonic()
         if not math.isfinite(sum(means)):
             raise UserError(f'the loss is {means[0]} at step {done}: try --lr below {config.lr}')
@@ -849,21 +769,19 @@ def train(config, path, device, saved, parent):
         report(f'step {done}/{config.steps}  {text}  {rate:.0f} images/s  '
                f'{(now - start) / (done - first) * left / 60:.1f} min left', end=left == 0)
         if left == 0 or now - save_time > config.save_every:
-            buffer = io.BytesIO()
-            torch.save(dict(config=asdict(config), step=done, rows=rows, ema=ema,
-                            model=model.state_dict(), optimizer=optimizer.state_dict()), buffer)
-            write_atomically(path, buffer.getvalue())
+            content = dict(config=asdict(config), step=done, rows=rows, ema=ema,
+                           model=model.state_dict(), optimizer=optimizer.state_dict())
+            write_atomically(path, partial(torch.save, content))
             table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
-            lines = '\n'.join(','.join(map(str, row)) for row in table) + '\n'
-            write_atomically(path.with_suffix('.csv'), lines.encode())
-            averaged = copy.deepcopy(model).eval()
-            averaged.load_state_dict(ema, strict=False)
-            write_grid(path.with_suffix('.png'), picture(averaged, held_out, device), config.data)
+            lines = ''.join(','.join(map(str, row)) + '\n' for row in table)
+            write_atomically(path.with_suffix('.csv'), lambda file: file.write_text(lines))
+            pictures = (sample_chunk(averaged, device, Sampling(), 0, 16) if stage == 2 else
+                        [shown, averaged.decode(averaged.encode(shown)[0])])  # reconstructions
+            write_grid(path.with_suffix('.png'), pictures, config.data)
             save_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
 # ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
-
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 
 def sample_chunk(model, device, options, chunk, n):
@@ -880,119 +798,74 @@ def sample_chunk(model, device, options, chunk, n):
     images = model.generate(z, y_T, noise, **{name: getattr(options, name) for name in names})
     return [image.cpu() for image in images if image is not None]
 
-def picture(model, held_out, device):
-    """Rows to judge a run by: images over their reconstructions, or drafts over refined samples."""
-    if isinstance(model, DiffuseVAE):
-        return sample_chunk(model, device, Sampling(), 0, 16)
-    x = held_out.batch(range(min(16, len(held_out)))).to(device)
-    with torch.no_grad():
-        return [x.cpu(), model.decode(model.encode(x)[0]).cpu()]
-
 def to_uint8(images, data):
     """[N, C, H, W] in [0, 1] -> uint8, rounded, without the padding of MNIST."""
     images = images[..., 2:-2, 2:-2] if data in GREY else images
-    return (255 * images).round().clamp(0, 255).byte()
-
-def write_png(path, image):
-    """Write uint8 [C, H, W] as a PNG file."""
-    buffer = io.BytesIO()
-    to_pil_image(image).save(buffer, 'png')
-    write_atomically(path, buffer.getvalue())
+    return (255 * images).round().clamp(0, 255).byte().cpu()
 
 def write_grid(path, rows, data):
     """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
-    images = to_uint8(torch.cat(rows), data)
-    grid = make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
-    grid = grid.repeat_interleave(s := max(1, 64 // images.shape[-1]), 1).repeat_interleave(s, 2)
-    write_png(path, grid)
-
-def export(options, settings, names, config, make):
-    """Write what is missing of PNG/name/000000.png ...; make(chunk, n) gives a batch a name."""
-    folder, num, start = Path(options.png), options.num, time.monotonic()
-    note = folder / 'settings.json'
-    before = json.loads(note.read_text()) if note.exists() else settings
-    for key in before.keys() | settings.keys():
-        if before.get(key) != settings.get(key):
-            raise UserError(f'--png {folder}: has {key} {before.get(key)}, not {settings.get(key)}')
-    for name in names:
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps(settings, indent=1).encode())
-    for first in range(0, num, CHUNK):
-        end = min(num, first + CHUNK)
-        paths = [[folder / name / f'{i:06}.png' for i in range(first, end)] for name in names]
-        if not all(path.exists() for row in paths for path in row):
-            for row, images in zip(paths, make(first // CHUNK, end - first)):
-                for path, image in zip(row, to_uint8(images, config.data)):
-                    write_png(path, image)
-        left = (time.monotonic() - start) * (num / end - 1)
-        report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
-
-# ==== 9. COMMAND LINE =============================================================================
-
-def command_train(given):
-    """train a stage: start, resume or extend it"""
-    stage, form = given['stage'], given.get('form', '1')
-    if stage == 1 and form != '1':
-        raise UserError(f'--form {form}: stage 1 trains the same VAE for all forms; leave it out')
-    data = given.get('data') or PRESETS[given.get('preset', 'small')][0].get('data', 'shapes')
-    out = Path(given.get('out') or f'runs/{Path(data or "").resolve().name}')
-    path, first = checkpoint_path(out, stage, form), checkpoint_path(out, 1, '1')
-    device, precision = choose_device(given.get('device'))
-    saved = load_checkpoint(path, stage, form)
-    parent = load_checkpoint(first, 1, '1') if stage == 2 and not saved else None
-    if stage == 2 and form != 'uncond' and not (saved or parent):
-        raise UserError(f'no {first}: first run python diffusevae.py train --stage 1 for it')
-    config = resolve(given, (saved or parent or {}).get('config', {}), path if saved else first)
-    config.precision = config.precision or precision
-    if saved and config.steps < saved['step']:
-        raise UserError(f'--steps {config.steps}: {path} has {saved["step"]} already')
-    if saved and config.steps == saved['step']:
-        return print(f'{path} is complete: {config.steps} steps; a larger --steps extends it')
-    out.mkdir(parents=True, exist_ok=True)
-    print(f'{path}: {config.data}, {config.steps} steps of {config.batch} images on {device} in '
-          f'{config.precision}' + (f', from step {saved["step"]}' if saved else ''), flush=True)
-    train(config, path, device, saved, parent)
+    fill = lambda row: F.pad(row, [0] * 7 + [len(rows[0]) - len(row)], value=1.0)
+    images = to_uint8(torch.cat([fill(row) for row in rows]), data)
+    grid = utils.make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
+    s = max(1, 64 // images.shape[-1])
+    grid = to_pil_image(grid.repeat_interleave(s, 1).repeat_interleave(s, 2))
+    write_atomically(path, partial(grid.save, format='png'))
 
 def command_sample(given):
     """generate images: a grid of drafts above refined images, or a folder of PNGs"""
-    options = check(Sampling(**given))
-    forms = [options.form] if options.form else ['1', '2', 'uncond']
-    form = next((f for f in forms if checkpoint_path(options.out, 2, f).exists()), forms[0])
-    path = checkpoint_path(options.out, 2, form)
-    saved = load_checkpoint(path, 2, form)
-    if not saved:
+    options = Sampling(**given)
+    for form in [options.form] if options.form else FORMS:
+        path, saved = load_checkpoint(options.out, 2, form)
+        if saved:
+            break
+    else:
         raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
     config = Config(**saved['config'])
     if options.real:
         images = load_images(config.data, config.root, config.size)
         if not options.png or options.num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
-        order = epoch_order(len(images), options.seed, 0)
+        order = torch.randperm(len(images), generator=generator(options.seed, 'real'))
+        names, settings = ['real'], dict(real=config.data, seed=options.seed)
         make = lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])]
-        return export(options, dict(real=config.data, seed=options.seed), ['real'], config, make)
-    if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
-        raise UserError(f'--steps {options.steps}: at most --start, at most T = {config.timesteps}')
-    device, _ = choose_device(options.device)
-    model = build(config)
-    model.load_state_dict(saved['model'] | saved['ema'])
-    model.eval().to(device, memory_format=torch.channels_last)
-    names = ['drafts', 'refined'] if model.vae else ['refined']
-    make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
-    if options.png:
+    else:
+        if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
+            raise UserError(f'--steps {options.steps}: at most --start, T = {config.timesteps}')
+        device, _ = choose_device(options.device)
+        model = build(config).eval().to(device, memory_format=torch.channels_last)
+        model.load_state_dict(saved['model'] | saved['ema'])
+        names = ['drafts', 'refined'] if model.vae else ['refined']
         settings = {f.name: getattr(options, f.name) for f in fields(Sampling)
                     if f.metadata['kind'] == 'fixed'} | dict(model=str(path), trained=saved['step'])
-        return export(options, settings, names, config, make)
-    if options.num > CHUNK:
-        raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
-    fill = torch.ones(-options.num % 16 if options.num > 16 else 0, *model.image_shape)
-    images = [torch.cat([x, fill]) for x in make(0, options.num)]
-    rows = [x[i:i + 16] for i in range(0, options.num, 16) for x in images]
-    grid = path.with_name(f'samples-{path.stem.removeprefix("stage2-")}.png')
-    write_grid(grid, rows, config.data)
-    print(f'{grid}: {" above ".join(names)}')
+        make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
+    if not options.png:
+        if options.num > CHUNK:
+            raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
+        images, grid = make(0, options.num), path.with_name(f'samples-{FORMS[form]}.png')
+        rows = [x[i:i + 16] for i in range(0, options.num, 16) for x in images]
+        write_grid(grid, rows, config.data)
+        return print(f'{grid}: {" above ".join(names)}')
+    # Single images, PNG/name/000000.png ...: what is missing of them, so it can be run again.
+    folder, num, start = Path(options.png), options.num, time.monotonic()
+    note = folder / 'settings.json'
+    before = json.loads(note.read_text()) if note.exists() else settings
+    if before != settings:
+        raise UserError(f'--png {folder}: was made with {dict(before.items() - settings.items())}')
+    write_atomically(note, lambda file: file.write_text(json.dumps(settings, indent=1)))
+    for first in range(0, num, CHUNK):
+        end = min(num, first + CHUNK)
+        paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
+        if not all(path.exists() for path in paths):
+            images = to_uint8(torch.cat(make(first // CHUNK, end - first)), config.data)
+            for path, image in zip(paths, map(to_pil_image, images)):
+                write_atomically(path, partial(image.save, format='png'))
+        left = (time.monotonic() - start) * (num / end - 1)
+        report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+# ==== 9. COMMAND LINE =============================================================================
+
+class Parser(argparse.ArgumentParser):  # with errors of one line
     def error(self, message):
         raise UserError(message)
 
@@ -1003,16 +876,19 @@ def main(argv=None):
     for command, settings in ((command_train, Config), (command_sample, Sampling)):
         sub = commands.add_parser(command.__name__.removeprefix('command_'), allow_abbrev=False,
                                   help=command.__doc__, description=command.__doc__)
-        sub.set_defaults(run=command)
+        sub.set_defaults(run=command, settings=settings)
         for f in fields(settings):  # absent from the result unless given
-            how = dict(type={tuple: ints, dict: widths}.get(f.type, f.type))
-            how = dict(action='store_true') if f.type is bool else how | dict(
-                choices=f.metadata['choices'])
+            how = dict(action='store_true') if f.type is bool else dict(
+                type=f.type, choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
             sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS,
                              required=f.name == 'stage', help=f.metadata['help'] + default, **how)
     try:
         given = vars(parser.parse_args(argv))
+        for f in fields(given.pop('settings')):
+            value, low, high = given.get(f.name), f.metadata['low'], f.metadata['high']
+            if None not in (value, low) and not low <= value <= high:  # nan is out of any range
+                raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
         given.pop('run')(given)
     except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)

@@ -177,29 +177,14 @@ def test_folder_held_out_images_stay_held_out(tmp_path):
 
 def test_large_sets_are_read_from_files_when_asked_for(tmp_path):
     """Over 1 GB only names are kept; an unreadable file gives way to the next."""
-    opened = []
-
-    def open_image(i):
-        opened.append(i)
-        if i == 5:
-            raise OSError('broken')
-        return Image.new('RGB', (64, 64), (i % 256, 0, 0))
-
-    images = dv.Images([f'{i}.png' for i in range(100_000)], open_image=open_image)
-    assert len(images) == 100_000 and len(opened) == 1
+    paths = [str(tmp_path / f'{i}.png') for i in range(100_000)]
+    for i in (7, 6, 300):
+        Image.new('RGB', (64, 64), (i % 256, 0, 0)).save(paths[i])
+    images = dv.Images(paths, size=64)  # 1.2 GB; all other files would be errors
+    assert len(images) == 100_000 and not images.unreadable
     x = images.batch(torch.tensor([7, 5, 300]))
     assert (255 * x[:, 0, 0, 0]).round().tolist() == [7, 6, 300 % 256]
-
-
-def test_every_epoch_visits_every_image_once():
-    """20 steps of 5 from 25 images are 4 epochs; any step can be computed alone."""
-    steps = [dv.batch_indices(25, 5, 0, step) for step in range(20)]
-    epochs = torch.cat(steps).view(4, 25)
-    assert all(sorted(epoch.tolist()) == list(range(25)) for epoch in epochs)
-    assert not torch.equal(epochs[0], epochs[1])
-    assert torch.equal(dv.batch_indices(25, 5, 0, 13), steps[13])
-    assert not torch.equal(dv.batch_indices(25, 5, 1, 0), steps[0])
-    assert sorted(dv.batch_indices(3, 7, 0, 0).tolist())[:2] == [0, 0]  # batch > images
+    assert images.unreadable == {5}
 
 
 # 2. VAE -------------------------------------------------------------------------------------------
@@ -816,7 +801,6 @@ def test_training_writes_checkpoint_table_and_picture(trained):
     assert saved['config']['width'] == first['config']['width'] and saved['config']['form'] == '2'
     assert set(saved['ema']) == {k for k in saved['model'] if k.startswith('unet.')}
     assert not torch.equal(saved['ema']['unet.stem.weight'], saved['model']['unet.stem.weight'])
-    assert torch.equal(first['ema']['stem.weight'], first['model']['stem.weight'])  # no EMA
 
 
 def contents(path):
