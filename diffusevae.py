@@ -732,7 +732,7 @@ def command_train(given):
         mean = images.batch(range(min(1000, len(images)))).mean()  # sigmoid is driven so far down
         nn.init.constant_(model.head.bias, torch.logit(mean))  # that its gradient vanishes
     if parent and form != 'uncond':
-        model.vae.load_state_dict(parent['model'])
+        model.vae.load_state_dict(parent['model'] | parent['ema'])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     ema = {name: p for name, p in averaged.state_dict().items() if name in trained}

@@ -797,7 +797,9 @@ def test_training_writes_checkpoint_table_and_picture(trained):
         assert Image.open(trained / f'{name}.png').width > 500
     saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
     first = torch.load(trained / 'stage1.pt', weights_only=True)
-    assert all(torch.equal(saved['model'][f'vae.{k}'], v) for k, v in first['model'].items())
+    averaged = first['model'] | first['ema']
+    assert all(torch.equal(saved['model'][f'vae.{k}'], v) for k, v in averaged.items())
+    assert not torch.equal(averaged['stem.weight'], first['model']['stem.weight'])
     assert saved['config']['width'] == first['config']['width'] and saved['config']['form'] == '2'
     assert set(saved['ema']) == {k for k in saved['model'] if k.startswith('unet.')}
     assert not torch.equal(saved['ema']['unet.stem.weight'], saved['model']['unet.stem.weight'])
