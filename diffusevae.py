@@ -43,18 +43,19 @@ def generator(*key):
 
 def draw_shapes(n, generator, size=32):
     """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn; the stripes, 5 pixels a period in one of four
-    # directions at any phase, are the detail that it blurs and the DDPM restores.
+    # The factors are what a VAE can learn (hues from red to blue: a whole circle of them would not
+    # fit a Gaussian code); the stripes, 5 pixels a period in one of four directions at any phase,
+    # are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
     center_x, center_y, radius = 0.43 + 0.14 * u[3], 0.43 + 0.14 * u[4], 0.26 + 0.1 * u[5]
     angle, phase = math.pi / 4 * (4 * u[6]).floor(), 2 * math.pi * u[7]
     pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
     x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
-    # Distance to the outline, negative inside, of a circle, a square and a triangle.
-    distance = torch.stack([(x**2 + y**2).sqrt() - radius,
-                            torch.maximum(x.abs(), y.abs()) - 0.9 * radius,
-                            torch.maximum(0.866 * x.abs() - 0.5 * y, y) - 0.65 * radius])
+    # Distance to the outline, negative inside, of a diamond, a circle and a square.
+    distance = torch.stack([(x.abs() + y.abs() - 1.25 * radius) / 2**0.5,
+                            (x**2 + y**2).sqrt() - radius,
+                            torch.maximum(x.abs(), y.abs()) - 0.9 * radius])
     distance = distance[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
     stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
@@ -84,8 +85,8 @@ class Images:
 
     def read(self, i):
         """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
-        order = [*range(int(i), len(self)), *range(int(i))]
-        for k in (k for k in order if k not in self.unreadable):
+        around = (k % len(self) for k in range(int(i), int(i) + len(self)))
+        for k in (k for k in around if k not in self.unreadable):
             try:
                 image = ImageOps.exif_transpose(Image.open(self.pixels[k]))
                 if image.mode.startswith('I'):  # 16 bits: keep the upper 8, `convert` would clip
