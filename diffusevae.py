@@ -526,7 +526,7 @@ VAE1 = dict(lr=1e-4, warmup=1)
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
 PAPER = DDPM | dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2; 'small' is ours, see NOTES.md
-    'small': (dict(data='shapes'), dict(alpha=0.03, ema=0.9999, steps=1800), DDPM),
+    'small': (dict(data='shapes'), dict(alpha=0.1, ema=0.9999, steps=1800), DDPM),
     'cifar10': (dict(data='cifar10', size=32, width=pairs('32:64,16:128,8:256,4:256,1:512'),
         encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
         decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
@@ -584,7 +584,7 @@ class Config:
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
     precision: str = option(None, 'U-Net; default: fast', choices=('float32', 'bfloat16'))
-    steps: int = option(2200, 'training steps; a larger number extends a run', 1, kind='free')
+    steps: int = option(2000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(32, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
     warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)

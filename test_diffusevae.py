@@ -836,6 +836,17 @@ def test_resumed_training_is_bit_identical(trained, tmp_path, stage):
     assert contents(tmp_path / 'whole' / name) == contents(tmp_path / 'parts' / name)
 
 
+def test_precision_is_kept_on_resume_whatever_the_device_declares(tmp_path, monkeypatch):
+    """A run in bfloat16 trains and samples, and stays so where float32 would be chosen."""
+    command = ['train', '--stage', 2, '--form', 'uncond', '--out', tmp_path, *SMALL[:-2]]
+    for steps, fast in ((2, 'bfloat16'), (4, 'float32')):
+        monkeypatch.setattr(dv, 'choose_device', lambda name: (torch.device('cpu'), fast))
+        assert run(*command, '--steps', steps) == 0
+    saved = torch.load(tmp_path / 'stage2-uncond.pt', weights_only=True)
+    assert saved['config']['precision'] == 'bfloat16' and saved['step'] == 4
+    assert run('sample', '--out', tmp_path, '--steps', 2, '--num', 2) == 0
+
+
 def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
     """All steps and seeds differ, and step s of one seed repeats: a function of (seed, s) alone."""
     drawn = []
