@@ -10,11 +10,9 @@ from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' cod
 z is a few dozen numbers, can be edited and interpolated, and fixes the layout; the diffusion model
 (DDPM) paints the detail that the draft lacks, and few of its steps are enough for that. Sections 2
 to 5 are the method: tensors in, tensors out, no files, arguments or devices.
-
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2      # the DDPM on its drafts
     python diffusevae.py sample               # drafts above refined images, as a PNG
-
 Measured on 2 AMD EPYC cores: 9 minutes; refined images have 89% of the real finest detail.
 """
 import argparse, copy, hashlib, json, math, os, re, sys, time
@@ -595,7 +593,8 @@ class Config:
     save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
 
 @dataclass
-class Sampling:  # how images are generated
+class Sampling:
+    """All settings of `sample`: how images are generated."""
     out: str = option('runs/shapes', 'folder of the run', kind='free')
     form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
     num: int = option(64, 'how many images', 1, kind='free')
@@ -866,7 +865,8 @@ def command_sample(given):
 
 # ==== 9. COMMAND LINE =============================================================================
 
-class Parser(argparse.ArgumentParser):  # with errors of one line
+class Parser(argparse.ArgumentParser):
+    """argparse with errors of one line, raised as a UserError."""
     def error(self, message):
         raise UserError(message)
 
