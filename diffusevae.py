@@ -46,14 +46,14 @@ def draw_shapes(n, generator, size=32):
     # are the detail that it blurs and the DDPM restores.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
-    center_x, center_y, radius = 0.43 + 0.14 * u[3], 0.43 + 0.14 * u[4], 0.26 + 0.1 * u[5]
+    center_x, center_y, radius = 0.435 + 0.13 * u[3], 0.435 + 0.13 * u[4], 0.27 + 0.08 * u[5]
     angle, phase = math.pi / 4 * (4 * u[6]).floor(), 2 * math.pi * u[7]
     pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
     x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
-    # Distance to the outline, negative inside, of a diamond, a circle and a square.
-    distance = torch.stack([(x.abs() + y.abs() - 1.25 * radius) / 2**0.5,
-                            (x**2 + y**2).sqrt() - radius,
-                            torch.maximum(x.abs(), y.abs()) - 0.9 * radius])
+    # Distance to the outline, negative inside, of a wide bar, a circle and a tall bar.
+    bar = lambda a, b: torch.maximum(x.abs() - a * radius, y.abs() - b * radius)
+    circle = (x**2 + y**2).sqrt() - 0.95 * radius
+    distance = torch.stack([bar(1.2, 0.65), circle, bar(0.65, 1.2)])
     distance = distance[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
     stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
@@ -524,7 +524,7 @@ VAE1 = dict(lr=1e-4, warmup=1)
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
 PAPER = DDPM | dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000)
 PRESETS = {  # settings of both stages, of stage 1, of stage 2; 'small' is ours, see NOTES.md
-    'small': (dict(data='shapes'), dict(alpha=0.1, ema=0.9999, steps=1800), DDPM),
+    'small': (dict(data='shapes'), dict(alpha=0.1, clip=100.0, ema=0.9999, steps=2400), DDPM),
     'cifar10': (dict(data='cifar10', size=32, width=pairs('32:64,16:128,8:256,4:256,1:512'),
         encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
         decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
