@@ -15,16 +15,17 @@ to 5 are the method: tensors in, tensors out, no files, arguments or devices.
     python diffusevae.py sample               # drafts above refined images, as a PNG
 Measured on 2 AMD EPYC cores: 7 minutes; refined images have 89% of the real finest detail.
 """
-import argparse, copy, hashlib, json, math, os, re, sys, time
+import argparse, copy, hashlib, itertools, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
+from torch.distributions import MultivariateNormal
 from torchvision import datasets, utils
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
 class UserError(Exception):
     """What the user can put right: `main` prints it as one line and returns exit code 2."""
@@ -38,12 +39,12 @@ def generator(*key):
 # ==== 1. DATA =====================================================================================
 #    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
 #    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
+KINDS = 'wide', 'circle', 'tall'
 
 def draw_shapes(n, generator, size=32):
-    """Draw n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors."""
-    # The factors are what a VAE can learn (hues from red to blue: a whole circle of them would not
-    # fit a Gaussian code); the stripes, 5 pixels a period in one of four directions at any phase,
-    # are the detail that it blurs and the DDPM restores.
+    """n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors in [0, 1]."""
+    # A VAE can learn the factors (hues from red to blue: a whole circle would not fit a Gaussian);
+    # it blurs the stripes, 5 pixels a period in one of four directions, and the DDPM restores them.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
     center_x, center_y, radius = 0.435 + 0.13 * u[3], 0.435 + 0.13 * u[4], 0.27 + 0.08 * u[5]
@@ -62,7 +63,7 @@ def draw_shapes(n, generator, size=32):
         return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
     shape = colour(hue, 0.75, 0.62) * (1 + 0.6 * stripes[:, None])
     image = inside * shape + (1 - inside) * colour(ground, 0.4, 0.45)
-    factors = dict(kind=kind, hue=hue, ground=ground, x=center_x, y=center_y, size=radius)
+    factors = dict(kind=kind, hue=u[1], ground=u[2], x=u[3], y=u[4], size=u[5])
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
 
 class Images:
@@ -77,10 +78,8 @@ class Images:
             good = [i for i in range(len(pixels)) if i not in self.unreadable]
             self.pixels, self.size = images[good], None
             self.labels = {name: label[good] for name, label in labels.items()}
-
     def __len__(self):
         return len(self.pixels)
-
     def read(self, i):
         """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
         around = (k % len(self) for k in range(int(i), int(i) + len(self)))
@@ -94,7 +93,6 @@ class Images:
                 self.unreadable.add(k)
                 print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
         raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
-
     def batch(self, indices):
         x = torch.stack([*self.pool.map(self.read, indices)]) if self.size else self.pixels[indices]
         return x.float() / 255
@@ -142,7 +140,6 @@ def load_images(data, root='data', size=32, train=True):
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
 #    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
 #              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
-
 def reparameterize(mu, logvar, eps):
     """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
     # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
@@ -175,7 +172,6 @@ class VAEBlock(nn.Module):
         self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in shapes)
         for conv in self.convs:
             nn.init.zeros_(conv.bias)
-
     def forward(self, h):
         r = h
         for conv in self.convs:
@@ -200,37 +196,42 @@ def backbone(layers, width):
                            nn.Conv2d(width[resolution], width[n], 1, bias=False))
     return nn.Sequential(*modules)
 
+def without_centre(x):
+    """x with its middle half by half blanked."""
+    hole = torch.zeros_like(x[:, :, ::2, ::2])
+    return x * F.pad(hole, [x.shape[3] // 4] * 2 + [x.shape[2] // 4] * 2, value=1.0)
+
+SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
+    image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
+    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=without_centre)
+
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = 'loss', 'squared_error', 'kl'
-    def __init__(self, channels, size, encoder, decoder, width, alpha=1.0):
+    def __init__(self, channels, size, encoder, decoder, width, alpha=1.0, signal='image'):
         super().__init__()
-        self.z_dim, self.alpha = width[1], alpha
+        self.z_dim, self.alpha, self.signal = width[1], alpha, SIGNALS[signal]
         self.stem = nn.Conv2d(channels, width[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, width)
         self.mu = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
         self.logvar = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
         self.decoder = backbone(decoder, width)
         self.head = nn.Conv2d(width[size], channels, 3, padding=1)
-
     def encode(self, x):
-        """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]."""
-        h = self.encoder(self.stem(x))  # [B, z_dim, 1, 1]
+        """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]. Of x it sees y = signal(x)."""
+        h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
         return self.mu(h).flatten(1), self.logvar(h).flatten(1)
-
     def decode(self, z):
         """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
         return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
-
     def noise(self, n, generator):
         """What a training step on n images draws: eps [n, z_dim]."""
         return (torch.randn(n, self.z_dim, generator=generator),)
-
     def forward(self, x, eps):
         mu, logvar = self.encode(x)
         x_hat = self.decode(reparameterize(mu, logvar, eps))
-        return negative_elbo(x, x_hat, mu, logvar, self.alpha)
+        return negative_elbo(self.signal(x), x_hat, mu, logvar, self.alpha)
 
 # ==== 3. DIFFUSION: one implementation for Formulations 1 and 2 and the baseline ==================
 #    Formulation 1:  q(x_t|x_0)        = N(sqrt(alpha_bar_t) x_0,         (1 - alpha_bar_t) I)
@@ -240,7 +241,6 @@ class VAE(nn.Module):
 #    baseline y_t := x_t.) So this section knows only y, and section 5 what the network is shown.
 #    All formulas are in alpha_bar, at time t, and alpha_bar_next, at the next smaller time of a
 #    sampler's grid (1 after its last step). In code t = 0 ... T - 1 is the paper's 1 ... T.
-
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
     # In float64: near t = 0, 1 - alpha_bar = 10^-4 keeps three digits only in float32.
@@ -286,8 +286,7 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     # has the marginal q(y_next|x_0) whatever sigma is. eps is what y_t and the clipped x_0 imply,
     # not the network's own: with that, y_next would not be a noisy version of this x_0.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
-    beta = 1 - alpha_bar / alpha_bar_next
-    sigma = eta * (beta * (1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
+    sigma = eta * q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)[1] ** 0.5
     direction = (1 - alpha_bar_next - sigma**2) ** 0.5 * eps
     return alpha_bar_next**0.5 * x_0 + direction + sigma * noise
 
@@ -323,7 +322,6 @@ class Diffusion(nn.Module):
         alpha_bar = linear_schedule(T)
         self.schedule = alpha_bar.tolist()  # for the samplers: Python floats are float64
         self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)
-
     def loss(self, eps_theta, x_0, t, eps):
         """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels: the reweighted DDPM term."""
         y_t = q_sample(x_0, rearrange(self.alpha_bar[t], 'b -> b 1 1 1'), eps)
@@ -353,7 +351,6 @@ class Diffusion(nn.Module):
 #    Residual blocks at falling, then rising resolution; every feature map of the way down is
 #    concatenated on the way up; attention in the middle and where asked for; t in every block.
 #    The last layer of each branch, and of the network, starts at zero: the first output is 0.
-
 def time_embedding(t, width):
     """Sinusoids of t: [B] -> [B, width], cosines first."""
     # cos(w_i t), sin(w_i t) with w_i = exp(-ln(10^4) i / (width/2)), i = 0 ... width/2 - 1
@@ -377,7 +374,6 @@ class ResBlock(nn.Module):
         self.norm2, self.dropout = nn.GroupNorm(groups, c_out), nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-
     def forward(self, h, emb):
         r = self.conv1(F.silu(self.norm1(h)))
         e = rearrange(self.emb(F.silu(emb)), 'b c -> b c 1 1')
@@ -397,7 +393,6 @@ class Attention(nn.Module):
         self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
-
     def forward(self, h):
         q, k, v = rearrange(self.qkv(self.norm(h)), 'b (qkv heads d) y x -> qkv b heads (y x) d',
                             qkv=3, heads=self.heads)
@@ -442,7 +437,6 @@ class UNet(nn.Module):
             c = width
         self.head_norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
-
     def forward(self, x, t, z=None):
         device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
@@ -464,21 +458,21 @@ class UNet(nn.Module):
         return self.head(F.silu(self.head_norm(h.float())))
 
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
-
 class DiffuseVAE(nn.Module):
     """Frozen VAE, U-Net (2C channels in, and z if built for it); `forward` is the loss of stage 2.
     Form 'uncond' is a DDPM alone: vae = None and C channels in. image_shape = (C, H, W)."""
     metrics = ('loss',)
-    def __init__(self, vae, unet, diffusion, form, image_shape):
+    def __init__(self, vae, unet, diffusion, form, image_shape, cond_drop=0.0):
         super().__init__()
+        self.z_dim = vae.z_dim if vae else 0
         self.vae = vae.requires_grad_(False).eval() if vae else None
         self.unet, self.diffusion, self.form, self.image_shape = unet, diffusion, form, image_shape
-
+        self.cond_drop = cond_drop
+    device = property(lambda self: self.diffusion.alpha_bar.device)
     def train(self, mode=True):
         """As for every module, except that the frozen VAE stays in eval mode."""
         self.unet.train(mode)
         return self
-
     def eps_theta(self, y_t, t, x_hat, z):
         """The network's noise in y_t, given the draft x_hat in [-1, 1] and its z: [B, C, H, W]."""
         if self.form == 'uncond':
@@ -487,33 +481,42 @@ class DiffuseVAE(nn.Module):
         # Formulation 1 and x_t = y_t + x_hat in Formulation 2.
         x_t = y_t if self.form == '1' else y_t + x_hat
         return self.unet(torch.cat([x_t, x_hat], dim=1), t, z)
-
     def noise(self, n, generator):
-        """What a training step on n images draws: eps_z [n, z_dim], t [n], eps [n, C, H, W]."""
+        """What a training step on n images draws: eps_z, t, eps, and who keeps the draft."""
         # t is uniform for every image, but spread evenly over the batch (one draw in each n-th of
         # 0 ... T - 1): the loss falls 500-fold from t = 0 to T - 1, noise the gradient is spared.
         T = len(self.diffusion.schedule)
         t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
-        return (torch.randn(n, self.vae.z_dim if self.vae else 0, generator=generator),
-                t.long().clamp(max=T - 1), torch.randn(n, *self.image_shape, generator=generator))
-
-    def forward(self, x, eps_z, t, eps):
-        with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
-            z = reparameterize(*self.vae.encode(x), eps_z) if self.vae else None
-            x_hat = 2 * self.vae.decode(z) - 1 if self.vae else None
+        return (torch.randn(n, self.z_dim, generator=generator), t.long().clamp(max=T - 1),
+                torch.randn(n, *self.image_shape, generator=generator),
+                (torch.rand(n, generator=generator) >= self.cond_drop).float())
+    def forward(self, x, eps_z, t, eps, keep):
+        x_hat = z = None
+        if self.vae:
+            with torch.no_grad():  # z is a sample of q(z|y), not its mean, and new in every step
+                z = reparameterize(*self.vae.encode(x), eps_z)
+                x_hat = (2 * self.vae.decode(z) - 1) * rearrange(keep, 'b -> b 1 1 1')
+                z = z * rearrange(keep, 'b -> b 1')
         return (self.diffusion.loss(partial(self.eps_theta, x_hat=x_hat, z=z), 2 * x - 1, t, eps),)
-
-    def generate(self, z, y_T, noise, **how):
-        """(draft, refined) in [0, 1]; `how`: Diffusion.sample's. For 'uncond', draft is None."""
-        draft = self.vae.decode(z) if self.vae else None
-        x_hat = 2 * draft - 1 if self.vae else None
-        x_0 = self.diffusion.sample(partial(self.eps_theta, x_hat=x_hat, z=z), y_T, noise, **how)
-        return draft, (x_0 + 1) / 2
+    def refine(self, draft, z, y_T, noise, guidance=0.0, **how):
+        """The image in [0, 1] for a draft in [0, 1] (None for 'uncond') and its z.
+        `how` goes to Diffusion.sample; guidance W > 0 needs a model trained with cond_drop."""
+        x_hat = None if draft is None else 2 * draft - 1
+        def eps_theta(y_t, t):
+            # Classifier-free guidance: eps = (1 + W) eps(condition) - W eps(null), away from what
+            # the network would do without one. Null is x_hat = 0 and z = 0 in both forms.
+            eps = self.eps_theta(y_t, t, x_hat, z)
+            if guidance:
+                null = self.eps_theta(y_t, t, 0 * x_hat, 0 * z)
+                eps = (1 + guidance) * eps - guidance * null
+            return eps
+        return (self.diffusion.sample(eps_theta, y_T, noise, **how) + 1) / 2
 
 # ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
 #    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
-
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
+EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`,
+DRAWING = 'sample reconstruct interpolate edit robust'  # while these take --sampler and --spacing
 ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
 pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
 
@@ -554,7 +557,7 @@ SMALL_NETWORKS = {  # by image size, where no preset says: ours
              decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64',
              width=pairs('64:16,32:16,16:32,8:64,4:128,1:64'))}
 
-def option(default, help, low=None, high=1e15, choices=None, kind='fixed'):
+def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
     return field(default=default, metadata=dict(locals()))
 
@@ -573,6 +576,7 @@ class Config:
     decoder: str = option(None, 'VAE: decoder', kind='passed')
     width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
+    signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
     timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
     multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
@@ -581,6 +585,7 @@ class Config:
     heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
+    cond_drop: float = option(0.0, 'share of images trained without draft, for guidance', 0, 0.99)
     precision: str = option(None, 'U-Net; default: fast', choices=('float32', 'bfloat16'))
     steps: int = option(2000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(32, 'images a step', 1, 1_000_000)
@@ -594,28 +599,36 @@ class Config:
 
 @dataclass
 class Sampling:
-    """All settings of `sample`: how images are generated."""
+    """All settings of `sample` and the experiments: how images are generated."""
     out: str = option('runs/shapes', 'folder of the run', kind='free')
     form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
-    num: int = option(64, 'how many images', 1, kind='free')
-    steps: int = option(50, 'network calls an image', 1)
-    sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'))
+    num: int = option(None, 'images: 64, evaluate 500, pictures 8 columns', 1, kind='free')
+    steps: int = option(50, 'network calls an image', 1, only=DRAWING)
+    sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'), only=DRAWING)
     sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
-    spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'))
+    spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'), only=DRAWING)
     temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
     shared_noise: bool = option(False, 'one y_T and later noise for all images: only z varies')
     start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
+    guidance: float = option(0.0, 'weight W, for models trained with --cond-drop', 0, 100)
+    gmm: int = option(None, 'Ex-PDE: draw z from a mixture of K Gaussians', 1, 10_000)
     seed: int = option(0, 'seed of z and noise', 0)
-    png: str = option(None, 'folder for single images instead of a grid', kind='free')
-    real: bool = option(False, 'with --png: training images, for FID tools', kind='free')
+    png: str = option(None, 'folder for single images, not a grid', kind='free', only='sample')
+    real: bool = option(False, 'with --png: training images', kind='free', only='sample')
     device: str = option(None, 'as for train', kind='free')
+    calls: ints = option((5, 10, 25), 'network calls an image', kind='free', only='evaluate')
+    seeds: int = option(2, 'number of seeds, from --seed on', 2, 1000, kind='free', only='evaluate')
+    bits: bool = option(False, 'the bound on -log2 p(x) instead', kind='free', only='evaluate')
+    json: str = option(None, 'file for the table', kind='free', only='evaluate')
+    path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
+    attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
 
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
-    keep = ['passed', 'fixed'] if resume else ['passed']
-    kept = {f.name: before[f.name] for f in fields(Config) if before and f.metadata['kind'] in keep}
+    kept = {f.name: before[f.name] for f in fields(Config) if before and
+            (f.metadata['kind'] == 'passed' or resume and f.metadata['kind'] == 'fixed')}
     for name, value in kept.items():
         if given.get(name, value) != value:
             raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
@@ -627,25 +640,26 @@ def resolve(given, before, path):
     size = settings.setdefault('size', 64 if settings['data'] == 'celeba' else 32)
     config = Config(**SMALL_NETWORKS.get(size, {}) | settings)
     config.flip = config.flip and config.data not in GREY
+    if config.signal == 'grey' and config.data in GREY:
+        raise UserError(f'--signal grey: the images of --data {config.data} are grey already')
     if None in (config.encoder, config.decoder, config.width):
         raise UserError(f'--size {config.size}: needs --encoder, --decoder and --width')
     return config
 
 # ==== 7. TRAINING: one loop for both stages =======================================================
 #    A stage is a module: noise(n, generator) draws for a step, forward(x, *noise) gives `metrics`.
-
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    c = 1 if config.data in GREY else 3
-    shape = c, config.size, config.size
+    c, C, form = config, 1 if config.data in GREY else 3, config.form
     try:
-        model = vae = None if config.form == 'uncond' else VAE(
-            c, config.size, config.encoder, config.decoder, config.width, config.alpha)
-        if config.stage == 2:
-            unet = UNet(2 * c if vae else c, c, config.size, config.channels, config.multipliers,
-                        config.blocks, config.attention, config.heads, config.dropout,
-                        vae.z_dim if vae and config.z_cond else 0, config.precision == 'bfloat16')
-            model = DiffuseVAE(vae, unet, Diffusion(config.timesteps), config.form, shape)
+        model = vae = None if form == 'uncond' else VAE(
+            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal)
+        shape = C, c.size, c.size
+        if c.stage == 2:
+            unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
+                        c.attention, c.heads, c.dropout, vae.z_dim if vae and c.z_cond else 0,
+                        c.precision == 'bfloat16')
+            model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), form, shape, c.cond_drop)
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
         copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
@@ -693,7 +707,7 @@ def ema_update(averages, parameters, step, decay):
     # of the random initialisation would still be in the average after 10,000 steps.
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(averages, parameters):
-        average.lerp_(parameter, 1 - d)
+        average.lerp_(parameter.detach(), 1 - d)
 
 def report(text, end=False, last=[0.0]):
     """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
@@ -754,9 +768,8 @@ def command_train(given):
         losses[0].backward()
         nn.utils.clip_grad_norm_(trained.values(), config.clip)
         optimizer.step()
-        with torch.no_grad():
-            ema_update(ema.values(), trained.values(), step, config.ema)
-            sums, count, done = sums + torch.stack(losses), count + 1, step + 1
+        ema_update(ema.values(), trained.values(), step, config.ema)
+        sums, count, done = sums + torch.stack(losses).detach(), count + 1, step + 1
         if done % 10 and done < config.steps:
             continue
         means, now = (sums / count).tolist(), time.monotonic()
@@ -775,80 +788,106 @@ def command_train(given):
             table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
             lines = ''.join(','.join(map(str, row)) + '\n' for row in table)
             write_atomically(path.with_suffix('.csv'), lambda file: file.write_text(lines))
-            pictures = (sample_chunk(averaged, device, Sampling(), 0, 16) if stage == 2 else
-                        [shown, averaged.decode(averaged.encode(shown)[0])])  # reconstructions
-            write_grid(path.with_suffix('.png'), pictures, config.data)
+            pictures = sample_chunk(averaged, Sampling(), 0, 16) if stage == 2 else {
+                config.signal: averaged.signal(shown),
+                'draft': averaged.decode(averaged.encode(shown)[0])}
+            write_grid(path.with_suffix('.png'), pictures.items(), config.data)
             save_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
 # ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 
-def sample_chunk(model, device, options, chunk, n):
-    """The first n images of a chunk: [drafts, refined], or [refined], in [0, 1] on the CPU."""
-    # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
-    g, count = generator(options.seed, 'chunk', chunk), CHUNK
-    z = torch.randn(CHUNK, model.vae.z_dim, generator=g)[:n].to(device) if model.vae else None
-    if options.shared_noise:
-        g, count = generator(options.seed, 'shared noise'), 1
-    noise = lambda: torch.randn(count, *model.image_shape, generator=g)[:n].to(device)
+def load_trained(options, form=None):
+    """The model of --out and --form with its averaged weights, its `Config`, and its path."""
+    wanted = [form or options.form] if form or options.form else FORMS
+    found = [load_checkpoint(options.out, 2, form) for form in wanted]
+    path, saved = next((pair for pair in found if pair[1]), found[0])
+    if not saved:
+        raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
+    config, (device, _) = Config(**saved['config']), choose_device(options.device)
+    config.precision = 'float32' if options.bits else config.precision
+    if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
+        raise UserError(f'--steps {options.steps}: at most --start, T = {config.timesteps}')
+    if options.guidance and not (config.cond_drop and config.form != 'uncond'):
+        raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
+    model = build(config).eval().to(device, memory_format=torch.channels_last)
+    model.load_state_dict(saved['model'] | saved['ema'])
+    return model.requires_grad_(False), config, path
+
+def paint(model, options, z, noise=None, draft=None):
+    """Drafts of codes z [n, z_dim], or given ones, and them refined: {name: [n, C, H, W]}, in
+    [0, 1], on the CPU. noise() draws y_T and what follows; by default all n share one sequence."""
+    shared, z = generator(options.seed, 'shared noise'), z.to(model.device)
+    noise = noise or partial(torch.randn, 1, *model.image_shape, generator=shared)
+    draw = lambda: noise()[:len(z)].to(model.device)
     # Temperature scales y_T, the noise alone: x_hat stays as it is in Formulation 2.
-    y_T = options.temperature * noise().expand(n, -1, -1, -1)
-    names = 'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta'
-    images = model.generate(z, y_T, noise, **{name: getattr(options, name) for name in names})
-    return [image.cpu() for image in images if image is not None]
+    y_T = options.temperature * draw().expand(len(z), -1, -1, -1)
+    if model.vae:
+        draft = model.vae.decode(z) if draft is None else draft.to(model.device)
+    how = {name: getattr(options, name) for name in (
+        'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta', 'guidance')}
+    refined = model.refine(draft, z, y_T, draw, **how)
+    return (dict(draft=draft.cpu()) if model.vae else {}) | dict(refined=refined.cpu())
+
+def sample_chunk(model, options, chunk, n, mixture=None):
+    """The first n images of a chunk, as `paint` gives them; z from N(0, I) or a mixture."""
+    # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
+    g = generator(options.seed, 'chunk', chunk)
+    z = torch.randn(CHUNK, model.z_dim, generator=g)
+    if mixture:  # z = m_k + L_k eps
+        weights, means, L = mixture
+        k = torch.multinomial(weights, CHUNK, replacement=True, generator=g)
+        z = means[k] + torch.einsum('nij,nj->ni', L[k], z)
+    own = partial(torch.randn, CHUNK, *model.image_shape, generator=g)
+    return paint(model, options, z[:n], None if options.shared_noise else own)
 
 def to_uint8(images, data):
     """[N, C, H, W] in [0, 1] -> uint8, rounded, without the padding of MNIST."""
     images = images[..., 2:-2, 2:-2] if data in GREY else images
     return (255 * images).round().clamp(0, 255).byte().cpu()
 
-def write_grid(path, rows, data):
-    """Write rows of images [n, C, H, W] in [0, 1] as one picture, enlarged to 64 pixels or more."""
-    fill = lambda row: F.pad(row, [0] * 7 + [len(rows[0]) - len(row)], value=1.0)
-    images = to_uint8(torch.cat([fill(row) for row in rows]), data)
-    grid = utils.make_grid(images, nrow=len(rows[0]), padding=1, pad_value=255)
-    s = max(1, 64 // images.shape[-1])
+def write_grid(path, rows, data, columns=()):
+    """Write (label, images [n, C, H, W] in [0, 1]) rows as one picture, labels in its margins."""
+    (labels, rows), left, top = zip(*rows), 64, 16 * bool(columns)
+    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1.0)  # to one length
+    images = to_uint8(rows.flatten(0, 1), data)
+    grid = utils.make_grid(images, nrow=rows.shape[1], padding=1, pad_value=255)
+    s = max(1, 64 // images.shape[-1])  # 64 pixels an image, or more
     grid = to_pil_image(grid.repeat_interleave(s, 1).repeat_interleave(s, 2))
-    write_atomically(path, partial(grid.save, format='png'))
+    sheet = ImageOps.expand(grid, (left, top, 0, 0), 'white')
+    text, step = ImageDraw.Draw(sheet).text, s * (images.shape[-1] + 1)
+    for i, label in enumerate(labels):
+        text((4, top + (i + 0.5) * step), label, 'black', anchor='lm')
+    for i, label in enumerate(columns):
+        text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
+    write_atomically(path, partial(sheet.save, format='png'))
 
-def command_sample(given):
+def command_sample(options):
     """generate images: a grid of drafts above refined images, or a folder of PNGs"""
-    options = Sampling(**given)
-    for form in [options.form] if options.form else FORMS:
-        path, saved = load_checkpoint(options.out, 2, form)
-        if saved:
-            break
-    else:
-        raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
-    config = Config(**saved['config'])
+    model, config, path = load_trained(options)
+    num, start = options.num or CHUNK, time.monotonic()
     if options.real:
         images = load_images(config.data, config.root, config.size)
-        if not options.png or options.num > len(images):
+        if not options.png or num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
         order = torch.randperm(len(images), generator=generator(options.seed, 'real'))
-        names, settings = ['real'], dict(real=config.data, seed=options.seed)
-        make = lambda chunk, n: [images.batch(order[chunk * CHUNK:][:n])]
+        settings = dict(real=config.data, seed=options.seed)
+        make = lambda chunk, n: dict(real=images.batch(order[chunk * CHUNK:][:n]))
     else:
-        if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
-            raise UserError(f'--steps {options.steps}: at most --start, T = {config.timesteps}')
-        device, _ = choose_device(options.device)
-        model = build(config).eval().to(device, memory_format=torch.channels_last)
-        model.load_state_dict(saved['model'] | saved['ema'])
-        names = ['drafts', 'refined'] if model.vae else ['refined']
-        settings = {f.name: getattr(options, f.name) for f in fields(Sampling)
-                    if f.metadata['kind'] == 'fixed'} | dict(model=str(path), trained=saved['step'])
-        make = lambda chunk, n: sample_chunk(model, device, options, chunk, n)
+        mixture = mixture_of(model, config, path, options)
+        settings = identity(options, path)
+        make = lambda chunk, n: sample_chunk(model, options, chunk, n, mixture)
     if not options.png:
-        if options.num > CHUNK:
-            raise UserError(f'--num {options.num}: a grid holds {CHUNK}; --png takes any number')
-        images, grid = make(0, options.num), path.with_name(f'samples-{FORMS[form]}.png')
-        rows = [x[i:i + 16] for i in range(0, options.num, 16) for x in images]
+        if num > CHUNK:
+            raise UserError(f'--num {num}: a grid holds {CHUNK}; --png takes any number')
+        drawn, grid = make(0, num), path.with_name(f'samples-{FORMS[config.form]}.png')
+        rows = [(name, x[i:i + 16]) for i in range(0, num, 16) for name, x in drawn.items()]
         write_grid(grid, rows, config.data)
-        return print(f'{grid}: {" above ".join(names)}')
+        return print(f'{grid}: {" above ".join(drawn)}')
     # Single images, PNG/name/000000.png ...: what is missing of them, so it can be run again.
-    folder, num, start = Path(options.png), options.num, time.monotonic()
-    note = folder / 'settings.json'
+    names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
+    folder, note = Path(options.png), Path(options.png, 'settings.json')
     before = json.loads(note.read_text()) if note.exists() else settings
     if before != settings:
         raise UserError(f'--png {folder}: was made with {dict(before.items() - settings.items())}')
@@ -857,14 +896,271 @@ def command_sample(given):
         end = min(num, first + CHUNK)
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
         if not all(path.exists() for path in paths):
-            images = to_uint8(torch.cat(make(first // CHUNK, end - first)), config.data)
-            for path, image in zip(paths, map(to_pil_image, images)):
+            drawn = torch.cat([*make(first // CHUNK, end - first).values()])
+            for path, image in zip(paths, map(to_pil_image, to_uint8(drawn, config.data))):
                 write_atomically(path, partial(image.save, format='png'))
         left = (time.monotonic() - start) * (num / end - 1)
         report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
 
-# ==== 9. COMMAND LINE =============================================================================
+# ==== 9. EXPERIMENTS: the paper's claims, each a table or a picture ===============================
+def laplacian_pyramid(x):
+    """[N, C, R, R] -> what each halving of the resolution loses, finest first, and the rest."""
+    row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
+    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)  # a blur, close to a Gaussian
+    levels = []
+    while x.shape[-1] >= 16:
+        low = F.conv2d(F.pad(x, [2] * 4, 'reflect'), kernel, stride=2, groups=x.shape[1])
+        levels.append(x - F.interpolate(low, scale_factor=2, mode='bilinear'))
+        x = low
+    return [*levels, x]
 
+def sliced_wasserstein(images, real, patches=64, directions=128):
+    """Distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000: [L].
+    Karras et al. 2018. It needs no pretrained network; it is not FID and not comparable to it."""
+    # In one dimension the Wasserstein distance is that of the sorted values; 7x7 patches have 49 C,
+    # so it is averaged over random directions. Both sets are normalised by the real one's mean and
+    # deviation: normalised by their own, drifting colours and weak contrast would not show.
+    g, distances = generator('sliced Wasserstein'), []
+    for ours, theirs in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
+        mean, std = theirs.mean((0, 2, 3), keepdim=True), theirs.std((0, 2, 3), keepdim=True)
+        n, c, R, _ = theirs.shape
+        place = torch.randint((R - 6) ** 2, (n, 1, patches), generator=g).expand(-1, c * 49, -1)
+        project = F.normalize(torch.randn(c * 49, directions, generator=g), dim=0)
+        chosen = [F.unfold((level - mean) / std, 7).gather(2, place) for level in (ours, theirs)]
+        a, b = [rearrange(patch, 'n d p -> (n p) d') @ project for patch in chosen]
+        distances.append((a.sort(dim=0).values - b.sort(dim=0).values).abs().mean())
+    return 1000 * torch.stack(distances)
+
+def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
+    """EM for z [N, D]: weights, means, covariances; and each iteration's mean log-likelihood."""
+    means = z[torch.randperm(len(z), generator=generator)[:K]]
+    for _ in range(10):  # k-means: every z to its nearest mean, every mean to its z's
+        r = F.one_hot(torch.cdist(z, means).argmin(1), K).to(z)  # [N, K]
+        means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
+    r, likelihoods = 0.99 * r + 0.01 / K, []
+    for _ in range(iterations):
+        # N_k = sum_n r_nk, w_k = N_k / N, m_k = sum_n r_nk z_n / N_k,
+        # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I: else singular if N_k < D
+        w, m = r.mean(0), r.T @ z / r.sum(0)[:, None]  # [K], [K, D]; S is [K, D, D]
+        S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])
+        S = S + ridge * torch.eye(z.shape[1]).to(z)
+        log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
+        joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
+        r = joint.softmax(dim=1)  # p(k|z)
+        likelihoods.append(joint.logsumexp(dim=1).mean().item())
+    return (w, m, S), likelihoods
+
+def identity(options, path):
+    """What tells one set of samples from another: the settings, and when the model was saved."""
+    names = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
+    return {name: getattr(options, name) for name in names} | dict(model=path.stat().st_mtime_ns)
+
+def codes(model, config):
+    """(mu, logvar) of all training images, each [N, z_dim] on the CPU, and their labels."""
+    images = load_images(config.data, config.root, config.size)
+    encoded = [model.vae.encode(images.batch(i).to(model.device))
+               for i in torch.arange(len(images)).split(500)]
+    return [torch.cat(part).cpu() for part in zip(*encoded)], images.labels
+
+def mixture_of(model, config, path, options):
+    """--gmm: weights, means, Cholesky factors of Gaussians fitted to z ~ q(z|x); else None."""
+    # Ex-PDE, ex-post density estimation: the codes of the training images are not quite N(0, I), so
+    # that z ~ N(0, I) falls in part where the decoder never trained. The fit is kept in a file.
+    if not (options.gmm and model.vae):
+        return None
+    cache, saved_at = path.with_name(f'{path.stem}-gmm{options.gmm}.pt'), path.stat().st_mtime_ns
+    saved = torch.load(cache, weights_only=True) if cache.exists() else {}
+    if saved.get('model') != saved_at:
+        (mu, logvar), _ = codes(model, config)
+        if len(mu) < options.gmm:
+            raise UserError(f'--gmm {options.gmm}: there are {len(mu)} training images')
+        g = generator('gmm')
+        z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
+        (w, m, S), log_p = fit_mixture(z, options.gmm, g)
+        print(f'{cache}: {len(log_p)} EM steps, log p(z) = {log_p[-1]:.2f} nats a code')
+        mixture = [part.float() for part in (w, m, torch.linalg.cholesky(S))]
+        saved = dict(model=saved_at, mixture=mixture)
+        write_atomically(cache, partial(torch.save, saved))
+    return saved['mixture']
+
+def bound(model, x, generator, sigma='small', strata=20):
+    """Upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
+    The chain's sum takes one random t of each of `strata` parts; T - 1 parts are the whole sum."""
+    # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0):
+    #   L_T = KL( q(y_T|x_0) || N(0, I) )
+    #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
+    #   L_0 = -log p(x_0|y_1), the mass of a Gaussian of variance beta~_2 in the bin of each pixel
+    alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64).to(x.device)
+    alpha_bar = rearrange(alpha_bar, 't -> t 1 1 1')
+    T, x_0, x_hat, z, terms = len(alpha_bar), 2 * x.double() - 1, None, None, {}
+    draw = lambda *shape: torch.randn(shape, generator=generator).to(x.device)
+    total = lambda term: term.flatten(1).sum(1)
+    if model.vae:
+        mu, logvar = model.vae.encode(x)
+        z = reparameterize(mu, logvar, draw(*mu.shape))
+        x_hat, terms['code'] = 2 * model.vae.decode(z) - 1, kl_divergence(mu, logvar).double()
+    def prediction(t):  # x_0, as the network predicts it from y_t ~ q(y_t|x_0)
+        y_t = q_sample(x_0, alpha_bar[t], draw(*x.shape))
+        eps = model.eps_theta(y_t.float(), t, x_hat, z).double()
+        return predict_x0(y_t, alpha_bar[t], eps).clamp(-1, 1)
+    last, chain = alpha_bar[-1], 0
+    terms['L_T'] = total(0.5 * (last * x_0**2 - last - torch.log1p(-last)))
+    for part in torch.arange(1, T).tensor_split(strata):
+        t = part[(len(part) * torch.rand(len(x), generator=generator)).long()].to(x.device)
+        # 1/2 (v_q/v_p - 1 - log(v_q/v_p) + (m_q - m_p)^2 / v_p), means m and variances v
+        difference, v_q = q_posterior(x_0 - prediction(t), 0, alpha_bar[t], alpha_bar[t - 1])
+        v_p = v_q if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
+        kl = 0.5 * (v_q / v_p - 1 - (v_q / v_p).log() + difference**2 / v_p)
+        chain = chain + len(part) * total(kl.expand(x.shape))
+    mean = prediction(torch.zeros(len(x), dtype=torch.long, device=x.device))
+    std = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])[1] ** 0.5
+    # Pixel values are 2/255 apart; the bins of -1 and 1 are open. The Gaussian is symmetric: take
+    # the lower tail, for in the upper one its distribution function, near 1, is inexact.
+    log_cdf = lambda edge: torch.special.log_ndtr((edge - (x_0 - mean).abs()) / std)
+    low, high = log_cdf(-1 / 255).where(x_0.abs() < 0.999, -math.inf), log_cdf(1 / 255)
+    return terms | dict(chain=chain, decoder=-total(high + torch.log1p(-(low - high).exp())))
+
+def slerp(a, b, w):
+    """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
+    # sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b.
+    # The mean of two Gaussian noises has half their variance: no noise that the network knows.
+    theta = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
+    return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
+
+def command_evaluate(options):
+    """a table of distances to held-out images: all trained models, by sampler and network calls"""
+    models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
+              and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
+    config, num = models[0][1], options.num or (200 if options.bits else 500)
+    training, held_out = [load_images(config.data, config.root, config.size, train)
+                          for train in (True, False)]
+    if num > len(held_out) or num * options.seeds > len(training):
+        raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
+    if not 1 <= min(options.calls) <= max(options.calls) <= config.timesteps:
+        raise UserError(f'--calls {options.calls}: must be from 1 to T = {config.timesteps}')
+    real, seeds = held_out.batch(range(num)), range(options.seed, options.seed + options.seeds)
+    if options.bits:
+        return print_bits(models, real, options)
+    store, jobs, table = Path(options.out) / 'evaluate.json', [], {}
+    cells = json.loads(store.read_text()) if store.exists() else {}  # all that was ever measured
+    for model, config, path in models:
+        mixture, form = mixture_of(model, config, path, options), FORMS[config.form]
+        rows = {f'{form} drafts': replace(options, steps=1)} if model.vae else {}
+        for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
+            steps = max(1, calls // (2 if options.guidance else 1))  # two calls a guided step
+            rows[f'{form} {sampler} {spacing}, {calls} calls'] = replace(
+                options, sampler=sampler, spacing=spacing, steps=steps)
+        jobs += [(name, f'{name} {num} {options.seeds} {identity(row, path)}', row, model, mixture,
+                  'draft' if 'drafts' in name else 'refined') for name, row in rows.items()]
+    todo, start = [job[2].steps for job in jobs if job[1] not in cells], time.monotonic()
+    sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)
+    seconds = (time.monotonic() - start) / 2 / CHUNK * num * sum(todo) + 3 * len(todo)
+    print(f'{len(todo)} of {len(jobs)} cells to measure, about {len(seeds) * seconds / 60:.0f} min'
+          f'\n1000 x sliced Wasserstein distance to {num} held-out images (not FID): mean over '
+          'levels +- standard error over seeds (each level, finest first)', flush=True)
+    def distance(row, model, mixture, what, seed):
+        chunks = [sample_chunk(model, replace(row, seed=seed), i, len(part), mixture)[what]
+                  for i, part in enumerate(real.split(CHUNK))]
+        return sliced_wasserstein(torch.cat(chunks), real).tolist()
+    def show(name, distances):
+        table[name], d = distances, torch.tensor(distances)  # [seeds, levels]
+        error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
+        print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
+    show('floor: training images', [sliced_wasserstein(training.batch(block), real).tolist()
+                                    for block in torch.arange(num * options.seeds).split(num)])
+    for name, key, *job in jobs:
+        if key not in cells:
+            cells[key] = [distance(*job, seed) for seed in seeds]
+            write_atomically(store, lambda file: file.write_text(json.dumps(cells)))
+        show(name, cells[key])
+    if options.json:
+        write_atomically(Path(options.json), lambda file: file.write_text(json.dumps(table)))
+
+def print_bits(models, x, options):
+    """The bound of each model for images x, its terms apart, in bits per dimension."""
+    for model, config, path in models:
+        nats = to_uint8(x[:1], config.data).numel() * math.log(2)  # padding is no dimension
+        for sigma in ('small', 'large'):
+            g = generator(options.seed, 'bits')
+            parts = [bound(model, part.to(model.device), g, sigma) for part in x.split(CHUNK)]
+            bits = {name: torch.cat([part[name] for part in parts]) / nats for name in parts[0]}
+            total = sum(bits.values())
+            terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
+            print(f'{FORMS[config.form]:7} {sigma:5}: at most {total.mean():.3f} '
+                  f'+- {total.std() / len(total) ** 0.5:.3f} bits/dim: {terms}', flush=True)
+
+def held_out_codes(options):
+    """For pictures: model, `Config`, held-out images, their mean codes, and what writes rows."""
+    model, config, path = load_trained(options)
+    if not model.vae:
+        raise UserError('--form uncond: has neither code nor draft; take --form 1 or 2')
+    held_out = load_images(config.data, config.root, config.size, train=False)
+    x = held_out.batch(range(max(2, min(options.num or 8, len(held_out)))))
+    mu, _ = model.vae.encode(x.to(model.device))
+    def write(name, rows, columns=()):
+        write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
+    return model, config, x, mu.cpu(), write
+
+def command_reconstruct(options):
+    """held-out images, the VAE's drafts of their mean codes, and these refined"""
+    model, config, x, mu, write = held_out_codes(options)
+    rows = {'image': x, config.signal: model.vae.signal(x)} | paint(model, options, mu)
+    write('reconstruct', rows.items())
+
+def command_interpolate(options):
+    """between the codes of two held-out images with all noise shared; and between two noises"""
+    model, _, x, mu, write = held_out_codes(options)
+    w = torch.linspace(0, 1, options.num or 8)
+    along = slerp if options.path == 'slerp' else torch.lerp
+    rows = paint(model, options, torch.stack([along(mu[0], mu[1], v) for v in w]))
+    g = [generator(options.seed, key) for key in ('shared noise', 'other noise')]
+    def between():  # at every step, not only y_T, which a long chain forgets
+        a, b = [torch.randn(1, *model.image_shape, generator=one) for one in g]
+        return torch.cat([slerp(a, b, v) for v in w])
+    rows['other noise'] = paint(model, options, mu[:1].expand(len(w), -1), between)['refined']
+    write('interpolate', rows.items(), [f'{v:.2f}' for v in w])
+
+def has_attribute(labels, text):
+    """Which images have an attribute, e.g. kind=circle, digit=3, size>0.5 or Smiling: bool [N]."""
+    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '').groups()
+    try:
+        number = KINDS.index(value) if value in KINDS else float(value or 1)
+        has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)
+    except (KeyError, ValueError) as error:
+        ranges = [f'{name} ({v.min():.3g} to {v.max():.3g})' for name, v in labels.items()]
+        raise UserError(f'--attribute {text}: there are {", ".join(ranges) or "no labels here"}; '
+                        f'kind is one of {", ".join(KINDS)}') from error
+    if has.all() or not has.any():
+        raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
+    return has
+
+def command_edit(options):
+    """move codes along an attribute: the mean code of images with it minus that of those without"""
+    model, config, x, mu, write = held_out_codes(options)
+    (all_mu, _), labels = codes(model, config)
+    has = has_attribute(labels, options.attribute)
+    direction = all_mu[has].mean(0) - all_mu[~has].mean(0)
+    strengths = torch.linspace(-2, 2, options.num or 9)
+    painted = [paint(model, options, z + strengths[:, None] * direction) for z in mu[:3]]
+    rows = [row for images in painted for row in images.items()]
+    write('edit', rows, [f'{s:+.1f}' for s in strengths])
+
+def command_robust(options):
+    """damage a draft more and more before it is refined: by noise, by blur, by missing blocks"""
+    model, _, x, mu, write = held_out_codes(options)
+    strengths, g = torch.linspace(0, 1, options.num or 8), generator(options.seed, 'robust')
+    s, z, rows = rearrange(strengths, 'n -> n 1 1 1'), mu[:1].expand(len(strengths), -1), []
+    draft = model.vae.decode(z.to(model.device)).cpu()
+    noise = torch.randn(draft[:1].shape, generator=g)
+    block = torch.rand(1, 1, *[r // 4 for r in draft.shape[2:]], generator=g)  # of 4x4 pixels
+    blur = [gaussian_blur(x, 31, 0.01 + 6 * s.item()) for x, s in zip(draft, strengths)]
+    for name, damaged in dict(
+            noise=(draft + 0.5 * s * noise).clamp(0, 1), blur=torch.stack(blur),
+            blocks=draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())).items():
+        rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
+    write('robust', rows, [f'{s:.2f}' for s in strengths])
+
+# ==== 10. COMMAND LINE ============================================================================
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, raised as a UserError."""
     def error(self, message):
@@ -874,23 +1170,27 @@ def main(argv=None):
     """Run one command of the command line; returns the exit code."""
     parser = Parser(prog='diffusevae.py', description=__doc__.split('\n')[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for command, settings in ((command_train, Config), (command_sample, Sampling)):
-        sub = commands.add_parser(command.__name__.removeprefix('command_'), allow_abbrev=False,
-                                  help=command.__doc__, description=command.__doc__)
+    for command in (command_train, command_sample, command_evaluate, command_reconstruct,
+                    command_interpolate, command_edit, command_robust):
+        settings = Config if command == command_train else Sampling
+        name, text = command.__name__[8:], command.__doc__
+        sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
         for f in fields(settings):  # absent from the result unless given
             how = dict(action='store_true') if f.type is bool else dict(
                 type=f.type, choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
-            sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS,
-                             required=f.name == 'stage', help=f.metadata['help'] + default, **how)
+            if name in (f.metadata['only'] or name):
+                sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS, **how,
+                                 required=f.name == 'stage', help=f.metadata['help'] + default)
     try:
         given = vars(parser.parse_args(argv))
-        for f in fields(given.pop('settings')):
+        run, settings = given.pop('run'), given.pop('settings')
+        for f in fields(settings):
             value, low, high = given.get(f.name), f.metadata['low'], f.metadata['high']
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
-        given.pop('run')(given)
+        run(given if settings is Config else Sampling(**given))
     except (UserError, OSError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
