@@ -609,10 +609,10 @@ class Sampling:
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
     spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'), only=DRAWING)
     temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
-    shared_noise: bool = option(False, 'one y_T and later noise for all images: only z varies')
+    shared_noise: bool = option(False, 'one noise sequence for all images', only='sample evaluate')
     start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
     guidance: float = option(0.0, 'weight W, for models trained with --cond-drop', 0, 100)
-    gmm: int = option(None, 'Ex-PDE: draw z from a mixture of K Gaussians', 1, 10_000)
+    gmm: int = option(None, 'Ex-PDE: z from a mixture of K Gaussians', 1, only='sample evaluate')
     seed: int = option(0, 'seed of z and noise', 0)
     png: str = option(None, 'folder for single images, not a grid', kind='free', only='sample')
     real: bool = option(False, 'with --png: training images', kind='free', only='sample')
@@ -627,7 +627,7 @@ class Sampling:
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
-    kept = {f.name: before[f.name] for f in fields(Config) if before and
+    kept = {f.name: before[f.name] for f in fields(Config) if f.name in before and
             (f.metadata['kind'] == 'passed' or resume and f.metadata['kind'] == 'fixed')}
     for name, value in kept.items():
         if given.get(name, value) != value:

@@ -422,6 +422,15 @@ SAMPLERS = [dict(sampler='ddpm', sigma='small'), dict(sampler='ddpm', sigma='lar
 
 
 @pytest.mark.parametrize('how', SAMPLERS, ids=str)
+def test_chain_ends_at_the_predicted_x_0_without_noise(how):
+    """The last step goes to alpha_bar = 1: a network sure of x_0 = 0.3 makes exactly that."""
+    sure = lambda y, t: (y - 0.3 * ALPHA_BAR[t[0]] ** 0.5) / (1 - ALPHA_BAR[t[0]]) ** 0.5
+    noise = lambda: randn(2, 1, 4, 4)
+    x_0 = dv.Diffusion(T).sample(sure, noise(), noise, steps=4, **how)
+    assert (x_0 - 0.3).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('how', SAMPLERS, ids=str)
 @pytest.mark.parametrize('steps, spacing, tolerance', [
     (1000, 'uniform', 0.03), (250, 'uniform', 0.1), (250, 'quadratic', 0.1)])
 def test_samplers_reproduce_a_known_gaussian(how, steps, spacing, tolerance):
