@@ -21,7 +21,8 @@ import pytest
 import torch
 import torch.nn as nn
 from PIL import Image
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import (Categorical, MixtureSameFamily, MultivariateNormal, Normal,
+                                 kl_divergence)
 
 import diffusevae as dv
 
@@ -915,6 +916,22 @@ def test_stage_2_inherits_from_stage_1(trained, capsys):
     assert config['data'] == 'shapes' and config['width'] == {32: 4, 16: 4, 8: 4, 4: 4, 1: 4}
 
 
+def test_training_images_are_mirrored_left_to_right(tmp_path, monkeypatch):
+    """One picture, red on the left and black below: half of the batches' images have it right."""
+    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    pixels[:, 0, :20, :16] = 255
+    seen, forward = [], dv.DiffuseVAE.forward
+    monkeypatch.setattr(dv, 'load_images', lambda *where, **more: dv.Images(pixels))
+    monkeypatch.setattr(dv.DiffuseVAE, 'forward',
+                        lambda model, x, *noise: seen.append(x) or forward(model, x, *noise))
+    run('train', '--stage', 2, '--form', 'uncond', '--steps', 2, '--out', tmp_path / 'o', *SMALL)
+    x = torch.cat([x for x in seen if not x.is_meta])
+    left, right = pixels[0] / 255, pixels[0].flip(2) / 255
+    mirrored = [torch.equal(image, right) for image in x]
+    assert all(torch.equal(image, right if m else left) for image, m in zip(x, mirrored))
+    assert 0 < sum(mirrored) < len(x)
+
+
 def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dv, 'negative_elbo', lambda x, x_hat, *rest: (x_hat.sum() * math.nan,) * 3)
     assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 12, *NARROW) == 2
@@ -1091,6 +1108,8 @@ def test_mixture_recovers_a_known_one_and_its_likelihood_never_falls():
     for found, truth, tolerance in zip(mixture, (share, means, covariances), (0.03, 0.1, 0.15)):
         assert torch.allclose(found[order], truth, atol=tolerance)
     assert all(b >= a - 1e-12 for a, b in zip(likelihoods, likelihoods[1:]))
+    torchs = MixtureSameFamily(Categorical(mixture[0]), MultivariateNormal(*mixture[1:]))
+    assert likelihoods[-1] == pytest.approx(torchs.log_prob(z).mean().item(), abs=1e-9)
     one, _ = dv.fit_mixture(z, 1, dv.generator(2), ridge=0.0)
     assert torch.allclose(one[1][0], z.mean(0)) and torch.allclose(one[2][0], z.T.cov(correction=0))
 
@@ -1113,8 +1132,10 @@ class Denoiser:
 def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(sigma):
     """x_0 = 0.98 whatever y_t: no term depends on the noise, and each is a sum by hand."""
     x = torch.tensor([0, 240, 250, 253, 255]).view(5, 1, 1, 1) / 255
-    terms = dv.bound(Denoiser(lambda y, a, x_hat: torch.full_like(y, 0.98)), x,
-                     dv.generator(0), sigma, strata=T - 1)
+    asked = []
+    guess = lambda y, a, x_hat: asked.append(a[0].item()) or torch.full_like(y, 0.98)
+    terms = dv.bound(Denoiser(guess), x, dv.generator(0), sigma, strata=T - 1)
+    assert asked == [*ALPHA_BAR[1:].tolist(), ALPHA_BAR[0].item()]  # each t once, then the decoder
     x_0 = 2 * x.double() - 1
     start = kl_divergence(Normal(ALPHA_BAR[-1].sqrt() * x_0, (1 - ALPHA_BAR[-1]).sqrt()),
                           Normal(0.0, torch.ones(1).double()))
@@ -1203,6 +1224,16 @@ def test_signals_by_hand():
     assert not masked[:, :, 2:6, 2:6].any() and masked.any()
     masked[:, :, 2:6, 2:6] = x[:, :, 2:6, 2:6]
     assert torch.equal(masked, x)
+
+
+def test_vae_sees_and_models_the_signal():
+    vae = dv.VAE(3, 8, '8d2,4d4,4t1', '1u4,1t4,4u2,4t8', {8: 8, 4: 8, 1: 4}, signal='grey')
+    x, eps = torch.rand(2, 3, 8, 8), torch.zeros(2, 4)
+    grey = x.mean(1, keepdim=True).expand_as(x)
+    assert torch.equal(vae.encode(x)[0], vae.encode(grey)[0])
+    draft = vae.decode(vae.encode(x)[0])
+    by_hand = ((grey - draft) ** 2).sum() / 2
+    assert torch.allclose(vae(x, eps)[1], by_hand)
 
 
 @pytest.mark.parametrize('form', ['1', '2'])
