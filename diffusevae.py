@@ -7,9 +7,9 @@ from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' cod
                                                                v  (as extra input channels)
     y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
 
-z is a few dozen numbers, can be edited and interpolated, and fixes the layout; the diffusion model
-(DDPM) paints the detail that the draft lacks, and few of its steps are enough for that. Sections 2
-to 5 are the method: tensors in, tensors out, no files, arguments or devices.
+z, here 16 numbers, can be edited and interpolated, and fixes the layout; the diffusion model (DDPM)
+paints the detail that the draft lacks, and few of its steps are enough for that. Sections 2 to 5
+are the method: tensors in, tensors out, no files or arguments.
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2      # the DDPM on its drafts
     python diffusevae.py sample               # drafts above refined images, as a PNG
@@ -42,7 +42,7 @@ def generator(*key):
 KINDS = 'wide', 'circle', 'tall'
 
 def draw_shapes(n, generator, size=32):
-    """n striped shapes on plain grounds: uint8 [n, 3, size, size], and their factors in [0, 1]."""
+    """n striped shapes: uint8 [n, 3, size, size]; and their factors: kind, others in [0, 1]."""
     # A VAE can learn the factors (hues from red to blue: a whole circle would not fit a Gaussian);
     # it blurs the stripes, 5 pixels a period in one of four directions, and the DDPM restores them.
     u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
@@ -123,7 +123,7 @@ def load_images(data, root='data', size=32, train=True):
         found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f'--data {data}: not under --root {root}, and the download failed '
-                        f'({str(error).splitlines()[0]}); put {files} there') from error
+                        f'({str(error).split(chr(10))[0]}); put {files} there') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
         paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
@@ -243,7 +243,7 @@ class VAE(nn.Module):
 #    sampler's grid (1 after its last step). In code t = 0 ... T - 1 is the paper's 1 ... T.
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
-    # In float64: near t = 0, 1 - alpha_bar = 10^-4 keeps three digits only in float32.
+    # In float64: 1 - alpha_bar_1 = 10^-4 keeps three digits only in float32; enough for training.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 def q_sample(y_0, alpha_bar, eps):
@@ -406,12 +406,12 @@ class UNet(nn.Module):
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
         last = len(multipliers) - 1
-        if size % 2**last:
-            raise ValueError(f'{last + 1} levels cannot halve {size} pixels {last} times')
+        if size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}:
+            raise ValueError(f'{last + 1} levels cannot halve {size}, or attend at {attention}')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        # GroupNorm takes the mean of every group, and with it the mean colour of the image, unless
-        # groups are large: the paper's 32 from its 128 channels on, a single one below.
+        # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
+        # paper's 32 groups from its 128 channels on, a single one below.
         groups = 32 if channels >= 128 else 1
         block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, groups, dropout, z_dim > 0)
         attend = lambda c, r: Attention(c, heads, groups) if r in attention else nn.Identity()
@@ -445,9 +445,8 @@ class UNet(nn.Module):
                 emb = emb + self.z_mlp(z)
             h = self.stem(x)
             skips = [h]
-            for layers in self.down:  # a block with its attention, or the halving of the resolution
-                h = layers[0](h, emb) if len(layers) > 1 else h
-                h = layers[-1](h)
+            for first, *attend in self.down:  # a block and its attention, or a halving convolution
+                h = attend[0](first(h, emb)) if attend else first(h)
                 skips.append(h)
             block1, attend, block2 = self.middle
             h = block2(attend(block1(h, emb)), emb)
@@ -515,11 +514,10 @@ class DiffuseVAE(nn.Module):
 # ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
 #    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
-EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`,
-DRAWING = 'sample reconstruct interpolate edit robust'  # while these take --sampler and --spacing
+EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
+DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
 ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
 pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
-
 # Paper and authors' YAML, except: batch (over all GPUs), epochs, heads and dropout are the authors'
 # scripts', attention on CIFAR-10 is their reproduction branch's. CelebA trains on 162,770 images.
 length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
@@ -577,7 +575,7 @@ class Config:
     width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
-    timesteps: int = option(1000, 'diffusion: T', 1, 1_000_000)
+    timesteps: int = option(1000, 'diffusion: T', 100, 10_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
     multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
@@ -602,7 +600,7 @@ class Sampling:
     """All settings of `sample` and the experiments: how images are generated."""
     out: str = option('runs/shapes', 'folder of the run', kind='free')
     form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
-    num: int = option(None, 'images: 64, evaluate 500, pictures 8 columns', 1, kind='free')
+    num: int = option(None, 'images: 64; evaluate 500 or 200; pictures 8 or 9', 1, kind='free')
     steps: int = option(50, 'network calls an image', 1, only=DRAWING)
     sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'), only=DRAWING)
     sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
@@ -610,7 +608,7 @@ class Sampling:
     spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'), only=DRAWING)
     temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
     shared_noise: bool = option(False, 'one noise sequence for all images', only='sample evaluate')
-    start: int = option(None, 'truncated chain: start from noise at this t instead of T', 1)
+    start: int = option(None, 'truncated chain: as if T were this', 1)
     guidance: float = option(0.0, 'weight W, for models trained with --cond-drop', 0, 100)
     gmm: int = option(None, 'Ex-PDE: z from a mixture of K Gaussians', 1, only='sample evaluate')
     seed: int = option(0, 'seed of z and noise', 0)
@@ -717,7 +715,7 @@ def report(text, end=False, last=[0.0]):
         last[0] = time.monotonic()
 
 def command_train(given):
-    """train a stage: start, resume or extend it"""
+    """train a stage: start, resume or extend it; defaults hold where the preset says nothing"""
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
         raise UserError(f'--form {form}: stage 1 trains the same VAE for all forms; leave it out')
@@ -759,7 +757,7 @@ def command_train(given):
     start = row_time = save_time = time.monotonic()
     for step in range(first, config.steps):
         g = generator(config.seed, 'step', step)
-        torch.manual_seed(g.initial_seed())  # dropout draws from torch's own generator
+        torch.manual_seed(generator(config.seed, 'dropout', step).initial_seed())  # torch's own
         x = images.batch(torch.randint(len(images), (config.batch,), generator=g))
         x = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip, x.flip(3), x)
         losses = model(*[tensor.to(device) for tensor in (x, *model.noise(len(x), g))])
@@ -774,7 +772,7 @@ def command_train(given):
             continue
         means, now = (sums / count).tolist(), time.monotonic()
         if not math.isfinite(sum(means)):
-            raise UserError(f'the loss is {means[0]} at step {done}: try --lr below {config.lr}')
+            raise UserError(f'loss {means[0]} at step {done}: delete {path}, take a lower --lr')
         rate, left = count * config.batch / (now - row_time), config.steps - done
         rows.append([done, *means, lr, round(rate, 1)])
         sums, count, row_time = 0, 0, now
@@ -792,12 +790,11 @@ def command_train(given):
                 config.signal: averaged.signal(shown),
                 'draft': averaged.decode(averaged.encode(shown)[0])}
             write_grid(path.with_suffix('.png'), pictures.items(), config.data)
-            save_time = time.monotonic()
+            save_time = row_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
 
 # ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
-
 def load_trained(options, form=None):
     """The model of --out and --form with its averaged weights, its `Config`, and its path."""
     wanted = [form or options.form] if form or options.form else FORMS
@@ -853,7 +850,7 @@ def write_grid(path, rows, data, columns=()):
     rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1.0)  # to one length
     images = to_uint8(rows.flatten(0, 1), data)
     grid = utils.make_grid(images, nrow=rows.shape[1], padding=1, pad_value=255)
-    s = max(1, 64 // images.shape[-1])  # 64 pixels an image, or more
+    s = max(1, 64 // images.shape[-1])  # about 64 pixels an image, or more
     grid = to_pil_image(grid.repeat_interleave(s, 1).repeat_interleave(s, 2))
     sheet = ImageOps.expand(grid, (left, top, 0, 0), 'white')
     text, step = ImageDraw.Draw(sheet).text, s * (images.shape[-1] + 1)
@@ -885,7 +882,6 @@ def command_sample(options):
         rows = [(name, x[i:i + 16]) for i in range(0, num, 16) for name, x in drawn.items()]
         write_grid(grid, rows, config.data)
         return print(f'{grid}: {" above ".join(drawn)}')
-    # Single images, PNG/name/000000.png ...: what is missing of them, so it can be run again.
     names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
     folder, note = Path(options.png), Path(options.png, 'settings.json')
     before = json.loads(note.read_text()) if note.exists() else settings
@@ -1029,17 +1025,21 @@ def slerp(a, b, w):
 
 def command_evaluate(options):
     """a table of distances to held-out images: all trained models, by sampler and network calls"""
+    options = replace(options, steps=1)  # each row has its own number
     models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
-    config, num = models[0][1], options.num or (200 if options.bits else 500)
+    config = models[0][1]
+    T, num = options.start or config.timesteps, options.num or (200 if options.bits else 500)
     training, held_out = [load_images(config.data, config.root, config.size, train)
                           for train in (True, False)]
     if num > len(held_out) or num * options.seeds > len(training):
         raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
-    if not 1 <= min(options.calls) <= max(options.calls) <= config.timesteps:
-        raise UserError(f'--calls {options.calls}: must be from 1 to T = {config.timesteps}')
+    if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
+        raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     real, seeds = held_out.batch(range(num)), range(options.seed, options.seed + options.seeds)
     if options.bits:
+        if options.gmm or options.guidance or options.start or options.temperature != 1:
+            raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
         return print_bits(models, real, options)
     store, jobs, table = Path(options.out) / 'evaluate.json', [], {}
     cells = json.loads(store.read_text()) if store.exists() else {}  # all that was ever measured
@@ -1095,7 +1095,7 @@ def held_out_codes(options):
     if not model.vae:
         raise UserError('--form uncond: has neither code nor draft; take --form 1 or 2')
     held_out = load_images(config.data, config.root, config.size, train=False)
-    x = held_out.batch(range(max(2, min(options.num or 8, len(held_out)))))
+    x = held_out.batch([i % len(held_out) for i in range(max(2, options.num or 8))])
     mu, _ = model.vae.encode(x.to(model.device))
     def write(name, rows, columns=()):
         write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
@@ -1177,7 +1177,7 @@ def main(argv=None):
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
         for f in fields(settings):  # absent from the result unless given
-            how = dict(action='store_true') if f.type is bool else dict(
+            how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
             if name in (f.metadata['only'] or name):
@@ -1191,7 +1191,7 @@ def main(argv=None):
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
         run(given if settings is Config else Sampling(**given))
-    except (UserError, OSError) as error:
+    except (UserError, OSError, json.JSONDecodeError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
