@@ -1280,7 +1280,8 @@ def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
     before = (trained / 'evaluate.json').read_bytes()
     assert run(*command) == 0 and capsys.readouterr().out.startswith('0 of 20 cells')
     assert (trained / 'evaluate.json').read_bytes() == before
-    for bad in (['--num', 9000], ['--calls', '0,5'], ['--calls', 1001], ['--seeds', 1]):
+    for bad in (['--num', 9000], ['--calls', '0,5'], ['--calls', 1001], ['--seeds', 1],
+                ['--calls', ','], ['--calls', 60, '--start', 50], ['--bits', '--gmm', 2]):
         assert run(*command, *bad) == 2 and bad[0] in capsys.readouterr().err
 
 
@@ -1438,6 +1439,8 @@ BAD = [
     (['train', '--stage', 1, '--unknown', 3], '--unknown'),
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1,1'], 'halve'),
+    (['train', '--stage', 2, '--form', 'uncond', '--attention', '7'], 'attend'),
+    (['train', '--stage', 2, '--form', 'uncond', '--timesteps', '20'], '--timesteps'),
     (['train', '--stage', 2], '--stage 1'),
     (['train', '--stage', 1, '--form', '2'], '--form'),
     (['train', '--stage', 2, '--form', '3'], '--form'),
