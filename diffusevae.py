@@ -123,7 +123,7 @@ def load_images(data, root='data', size=32, train=True):
         found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f'--data {data}: not under --root {root}, and the download failed '
-                        f'({str(error).split(chr(10))[0]}); put {files} there') from error
+                        f'({" ".join(str(error).splitlines()[:1])}); put {files} there') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
         paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
@@ -1045,7 +1045,7 @@ def command_evaluate(options):
     cells = json.loads(store.read_text()) if store.exists() else {}  # all that was ever measured
     for model, config, path in models:
         mixture, form = mixture_of(model, config, path, options), FORMS[config.form]
-        rows = {f'{form} drafts': replace(options, steps=1)} if model.vae else {}
+        rows = {f'{form} drafts': options} if model.vae else {}
         for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
             steps = max(1, calls // (2 if options.guidance else 1))  # two calls a guided step
             rows[f'{form} {sampler} {spacing}, {calls} calls'] = replace(
