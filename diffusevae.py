@@ -15,7 +15,7 @@ are the method: tensors in, tensors out, no files or arguments.
     python diffusevae.py sample               # drafts above refined images, as a PNG
 Measured on 2 AMD EPYC cores: 7 minutes; refined images have 89% of the real finest detail.
 """
-import argparse, copy, hashlib, itertools, json, math, os, re, sys, time
+import argparse, ast, copy, hashlib, itertools, json, math, os, re, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -62,7 +62,7 @@ def draw_shapes(n, generator, size=32):
         k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
         return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
     shape = colour(hue, 0.75, 0.62) * (1 + 0.6 * stripes[:, None])
-    image = inside * shape + (1 - inside) * colour(ground, 0.4, 0.45)
+    image = inside * shape + (1 - inside) * colour(ground, 0.3, 0.9)
     factors = dict(kind=kind, hue=u[1], ground=u[2], x=u[3], y=u[4], size=u[5])
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
 
@@ -148,7 +148,7 @@ def reparameterize(mu, logvar, eps):
     return mu + torch.exp(logvar / 2) * eps
 
 def kl_divergence(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, I) ) of every example in nats: [B, z_dim] -> [B]."""
+    """KL( N(mu, sigma^2) || N(0, I) ) of each example in nats: [B, z_dim] -> [B]."""
     # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
     # E_q[log q - log p] needs only E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1.
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
@@ -178,36 +178,27 @@ class VAEBlock(nn.Module):
             r = conv(F.gelu(r))
         return h + r
 
-def backbone(layers, width):
-    """Layers from the authors' shorthand, e.g. '32x7,32d2,32t16'; width[R] = channels at R x R."""
-    # RxN: N blocks at resolution R.  RdF: one block, then average pooling by F.
-    # RuF: nearest upsampling by F.   RtS: bias-free 1x1 convolution from width[R] to width[S].
-    modules = []
-    for layer in layers.split(','):
-        match = re.fullmatch(r'(\d+)([xdut])(\d+)', layer)
-        if not match:
-            raise ValueError(f'layer {layer!r} is none of RxN, RdF, RuF, RtS')
-        resolution, kind, n = int(match[1]), match[2], int(match[3])
-        blocks = n if kind == 'x' else 1 if kind == 'd' else 0
-        modules += [VAEBlock(width[resolution], resolution) for _ in range(blocks)]
-        if kind != 'x':
-            modules.append(nn.AvgPool2d(n) if kind == 'd' else
-                           nn.Upsample(scale_factor=n) if kind == 'u' else
-                           nn.Conv2d(width[resolution], width[n], 1, bias=False))
+def backbone(blocks, width):
+    """Residual blocks at falling or rising resolutions, {32: 7, 16: 4, ...}; width[R]: channels."""
+    # Between resolutions, down: one block more, then average pooling; up: nearest upsampling; then
+    # a bias-free 1x1 convolution to the next width. The authors' scripts write 32x7,32d2,32t16,16x4
+    # for {32: 7, 16: 4}, and 16x7,16u2,16t32,32x15 for {16: 7, 32: 15}.
+    modules, resolutions = [], [*blocks]
+    for r, r_next in zip(resolutions, [*resolutions[1:], resolutions[-1]]):
+        modules += [VAEBlock(width[r], r) for _ in range(blocks[r] + (r_next < r))]
+        if r_next != r:
+            modules += [nn.AvgPool2d(r // r_next) if r_next < r else nn.Upsample(
+                scale_factor=r_next // r), nn.Conv2d(width[r], width[r_next], 1, bias=False)]
     return nn.Sequential(*modules)
-
-def without_centre(x):
-    """x with its middle half by half blanked."""
-    hole = torch.zeros_like(x[:, :, ::2, ::2])
-    return x * F.pad(hole, [x.shape[3] // 4] * 2 + [x.shape[2] // 4] * 2, value=1.0)
 
 SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
     image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
-    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=without_centre)
+    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=lambda x:
+    x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))  # the centre is blank
 
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
-    `encoder`, `decoder`: layers for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
+    `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = 'loss', 'squared_error', 'kl'
     def __init__(self, channels, size, encoder, decoder, width, alpha=1.0, signal='image'):
         super().__init__()
@@ -315,18 +306,20 @@ def time_grid(T, n, spacing='uniform'):
         grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
     return grid[::-1]
 
+def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
+    """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels; alpha_bar [T], t [B]."""
+    # The chain's KL terms compare Gaussians of one variance: squared errors of eps, weighted by t.
+    # This, the reweighted DDPM term, drops the weights. y_t ~ q(y_t|x_0), each image at its own t.
+    y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
+    return F.mse_loss(eps_theta(y_t, t), eps)
+
 class Diffusion(nn.Module):
-    """DDPM of y: loss and samplers for any network eps_theta(y_t [B, C, H, W], t [B])."""
+    """DDPM of y: the schedule, and samplers for any network eps_theta(y_t [B, C, H, W], t [B])."""
     def __init__(self, T=1000):
         super().__init__()
         alpha_bar = linear_schedule(T)
         self.schedule = alpha_bar.tolist()  # for the samplers: Python floats are float64
         self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)
-    def loss(self, eps_theta, x_0, t, eps):
-        """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels: the reweighted DDPM term."""
-        y_t = q_sample(x_0, rearrange(self.alpha_bar[t], 'b -> b 1 1 1'), eps)
-        return F.mse_loss(eps_theta(y_t, t), eps)
-
     @torch.no_grad()
     def sample(self, eps_theta, y_T, noise, steps, sampler='ddim', spacing='quadratic', start=None,
                sigma='large', eta=0.0):
@@ -457,6 +450,13 @@ class UNet(nn.Module):
         return self.head(F.silu(self.head_norm(h.float())))
 
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
+def network_input(y_t, x_hat, form):
+    """What eps_theta is shown of y_t and the draft, both [B, C, H, W]: [B, 2C, H, W]."""
+    # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
+    # Formulation 1 and x_t = y_t + x_hat in Formulation 2.
+    x_t = y_t if form == '1' else y_t + x_hat
+    return torch.cat([x_t, x_hat], dim=1)
+
 class DiffuseVAE(nn.Module):
     """Frozen VAE, U-Net (2C channels in, and z if built for it); `forward` is the loss of stage 2.
     Form 'uncond' is a DDPM alone: vae = None and C channels in. image_shape = (C, H, W)."""
@@ -476,10 +476,7 @@ class DiffuseVAE(nn.Module):
         """The network's noise in y_t, given the draft x_hat in [-1, 1] and its z: [B, C, H, W]."""
         if self.form == 'uncond':
             return self.unet(y_t, t)
-        # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
-        # Formulation 1 and x_t = y_t + x_hat in Formulation 2.
-        x_t = y_t if self.form == '1' else y_t + x_hat
-        return self.unet(torch.cat([x_t, x_hat], dim=1), t, z)
+        return self.unet(network_input(y_t, x_hat, self.form), t, z)
     def noise(self, n, generator):
         """What a training step on n images draws: eps_z, t, eps, and who keeps the draft."""
         # t is uniform for every image, but spread evenly over the batch (one draw in each n-th of
@@ -496,7 +493,8 @@ class DiffuseVAE(nn.Module):
                 z = reparameterize(*self.vae.encode(x), eps_z)
                 x_hat = (2 * self.vae.decode(z) - 1) * rearrange(keep, 'b -> b 1 1 1')
                 z = z * rearrange(keep, 'b -> b 1')
-        return (self.diffusion.loss(partial(self.eps_theta, x_hat=x_hat, z=z), 2 * x - 1, t, eps),)
+        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
+        return (ddpm_loss(eps_theta, 2 * x - 1, self.diffusion.alpha_bar, t, eps),)
     def refine(self, draft, z, y_T, noise, guidance=0.0, **how):
         """The image in [0, 1] for a draft in [0, 1] (None for 'uncond') and its z.
         `how` goes to Diffusion.sample; guidance W > 0 needs a model trained with cond_drop."""
@@ -521,39 +519,39 @@ pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(',
 # Paper and authors' YAML, except: batch (over all GPUs), epochs, heads and dropout are the authors'
 # scripts', attention on CIFAR-10 is their reproduction branch's. CelebA trains on 162,770 images.
 length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
-VAE1 = dict(lr=1e-4, warmup=1)
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
-PAPER = DDPM | dict(channels=128, blocks=2, heads=8, dropout=0.1, lr=2e-4, warmup=5000)
-PRESETS = {  # settings of both stages, of stage 1, of stage 2; 'small' is ours, see NOTES.md
-    'small': (dict(data='shapes'), dict(alpha=0.1, clip=100.0, ema=0.9999, steps=2400), DDPM),
-    'cifar10': (dict(data='cifar10', size=32, width=pairs('32:64,16:128,8:256,4:256,1:512'),
-        encoder='32x7,32d2,32t16,16x4,16d2,16t8,8x4,8d2,8t4,4x3,4d4,4t1,1x3',
-        decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x15'),
-        VAE1 | length(500, 50_000, 128), PAPER | length(2850, 50_000, 256) | dict(
-            multipliers=(1, 2, 2, 2), attention=(16,), dropout=0.3)),
-    'celeba64': (dict(data='celeba', size=64, width=pairs('64:64,32:128,16:256,8:256,4:256,1:512'),
-        encoder='64x7,64d2,64t32,32x4,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2',
-        decoder='1x1,1u4,1t4,4x2,4u2,4t8,8x3,8u2,8t16,16x7,16u2,16t32,32x8,32u2,32t64,64x10'),
-        VAE1 | length(245, 162_770, 32), PAPER | length(500, 162_770, 128) | dict(
-            multipliers=(1, 2, 2, 2, 4), attention=(4,))),
-    'celebahq128': (dict(size=128, flip=True, multipliers=(1, 2, 2, 3, 4), attention=(8,),
-        width=pairs('128:64,64:64,32:128,16:128,8:256,4:512,1:1024'), encoder='128x1,128d2,128t64,'
-        '64x3,64d2,64t32,32x3,32d2,32t16,16x7,16d2,16t8,8x3,8d2,8t4,4x3,4d4,4t1,1x2', decoder='1x1,'
-        '1u4,1t4,4x2,4u2,4t8,8x2,8u2,8t16,16x6,16u2,16t32,32x2,32u2,32t64,64x2,64u2,64t128,128x1'),
-        VAE1 | length(500, 30_000, 42), PAPER | length(1000, 30_000, 64) | dict(lr=2e-5)),
-    'celebahq256': (dict(size=256, flip=True, multipliers=(1, 1, 2, 2, 4, 4), attention=(16,),
-        width=pairs('256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024'), encoder='256x3,256d2,'
-        '256t128,128x3,128d2,128t64,64x5,64d2,64t32,32x7,32d2,32t16,16x9,16d2,16t8,8x7,8d2,8t4,4x5,'
-        '4d4,4t1,1x2', decoder='1x2,1u4,1t4,4x4,4u2,4t8,8x6,8u2,8t16,16x8,16u2,16t32,32x5,32u2,'
-        '32t64,64x4,64u2,64t128,128x2,128u2,128t256,256x2'),
-        VAE1 | length(500, 30_000, 16), PAPER | length(1000, 30_000, 64) | dict(lr=2e-5))}
+def paper(size, width, encoder, decoder, multipliers, attention, vae, ddpm, **both):
+    """A preset of the paper: settings of both stages, of stage 1, and of stage 2."""
+    networks = dict(width=pairs(width), encoder=pairs(encoder), decoder=pairs(decoder))
+    unet = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention, heads=8)
+    return (both | networks | dict(size=size), dict(lr=1e-4, warmup=1) | vae,
+            DDPM | unet | dict(dropout=0.1, lr=2e-4, warmup=5000) | ddpm)
+
+PRESETS = {  # 'small' is ours, see NOTES.md
+    'small': (dict(data='shapes'),
+              dict(alpha=0.1, clip=100.0, ema=0.9999, batch=64, steps=1500), DDPM),
+    'cifar10': paper(
+        32, '32:64,16:128,8:256,4:256,1:512', '32:7,16:4,8:4,4:3,1:3', '1:1,4:2,8:3,16:7,32:15',
+        (1, 2, 2, 2), (16,), length(500, 50_000, 128),
+        length(2850, 50_000, 256) | dict(dropout=0.3), data='cifar10'),
+    'celeba64': paper(
+        64, '64:64,32:128,16:256,8:256,4:256,1:512', '64:7,32:4,16:7,8:3,4:3,1:2',
+        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,), length(245, 162_770, 32),
+        length(500, 162_770, 128), data='celeba'),
+    'celebahq128': paper(
+        128, '128:64,64:64,32:128,16:128,8:256,4:512,1:1024', '128:1,64:3,32:3,16:7,8:3,4:3,1:2',
+        '1:1,4:2,8:2,16:6,32:2,64:2,128:1', (1, 2, 2, 3, 4), (8,), length(500, 30_000, 42),
+        length(1000, 30_000, 64) | dict(lr=2e-5), flip=True),
+    'celebahq256': paper(
+        256, '256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
+        '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
+        (1, 1, 2, 2, 4, 4), (16,), length(500, 30_000, 16),
+        length(1000, 30_000, 64) | dict(lr=2e-5), flip=True)}
 SMALL_NETWORKS = {  # by image size, where no preset says: ours
-    32: dict(encoder='32d4,32t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
-             decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32',
-             width=pairs('32:16,16:32,8:64,4:128,1:16')),
-    64: dict(encoder='64d4,64t16,16d2,16t8,8x1,8d2,8t4,4x2,4d4,4t1,1x1',
-             decoder='1x1,1u4,1t4,4x3,4u2,4t8,8x2,8u2,8t16,16x1,16u2,16t32,32x1,32u2,32t64',
-             width=pairs('64:16,32:16,16:32,8:64,4:128,1:64'))}
+    32: dict(width=pairs('32:16,16:32,8:64,4:128,1:16'),
+             encoder=pairs('32:0,8:1,4:2,1:1'), decoder=pairs('1:1,4:3,8:2,16:1,32:0')),
+    64: dict(width=pairs('64:16,32:16,16:32,8:64,4:128,1:64'),
+             encoder=pairs('64:0,16:0,8:1,4:2,1:1'), decoder=pairs('1:1,4:3,8:2,16:1,32:1,64:0'))}
 
 def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
@@ -570,8 +568,8 @@ class Config:
     out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
     size: int = option(32, 'height and width of images; 64 for celeba', 4, 4096, kind='passed')
     flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
-    encoder: str = option(None, "VAE: encoder in the authors' layer shorthand", kind='passed')
-    decoder: str = option(None, 'VAE: decoder', kind='passed')
+    encoder: pairs = option(None, 'VAE: blocks by resolution, 32:0,8:1,...,1:1', kind='passed')
+    decoder: pairs = option(None, 'VAE: the same back up, 1:1,...,32:0', kind='passed')
     width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
@@ -622,6 +620,13 @@ class Sampling:
     path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
 
+@dataclass
+class Handout:
+    """All settings of `exercise`."""
+    out: str = option('student.py', 'file to write')
+    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
+    list: bool = option(False, 'print the exercises and their points instead')
+
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
@@ -661,6 +666,8 @@ def build(config):
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
         copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
+    except NotImplementedError:  # an exercise that is not solved
+        raise
     except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f'these settings make no network: {error!r}') from error
     return model
@@ -740,6 +747,11 @@ def command_train(given):
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config).to(device, memory_format=torch.channels_last)
+    if stage == 1 and config.preset == 'small':
+        # As He et al.: by default a block's branch starts at 1% of h, and VAEs learn late where in
+        # the image things are, which only branches can tell: the rest is averaged over the image.
+        for conv in (conv for m in model.modules() if isinstance(m, VAEBlock) for conv in m.convs):
+            nn.init.kaiming_normal_(conv.weight)
     if stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5 the
         mean = images.batch(range(min(1000, len(images)))).mean()  # sigmoid is driven so far down
         nn.init.constant_(model.head.bias, torch.logit(mean))  # that its gradient vanishes
@@ -901,11 +913,9 @@ def command_sample(options):
 # ==== 9. EXPERIMENTS: the paper's claims, each a table or a picture ===============================
 def laplacian_pyramid(x):
     """[N, C, R, R] -> what each halving of the resolution loses, finest first, and the rest."""
-    row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
-    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)  # a blur, close to a Gaussian
     levels = []
     while x.shape[-1] >= 16:
-        low = F.conv2d(F.pad(x, [2] * 4, 'reflect'), kernel, stride=2, groups=x.shape[1])
+        low = gaussian_blur(x, 5, 1.0)[..., ::2, ::2]
         levels.append(x - F.interpolate(low, scale_factor=2, mode='bilinear'))
         x = low
     return [*levels, x]
@@ -927,6 +937,19 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
         distances.append((a.sort(dim=0).values - b.sort(dim=0).values).abs().mean())
     return 1000 * torch.stack(distances)
 
+def em_step(z, r, ridge=1e-6):
+    """From responsibilities r [N, K] to a mixture (w [K], m [K, D], S [K, D, D]), then to its
+    responsibilities for z [N, D], and its mean log-likelihood."""
+    # N_k = sum_n r_nk, w_k = N_k / N, m_k = sum_n r_nk z_n / N_k,
+    # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I: else singular if N_k < D.
+    # Then r_nk = p(k|z_n) = w_k N(z_n; m_k, S_k) / p(z_n), p(z_n) = sum_k of that; all in logs.
+    w, m = r.mean(0), r.T @ z / r.sum(0)[:, None]
+    S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])
+    S = S + ridge * torch.eye(z.shape[1]).to(z)
+    log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
+    joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
+    return (w, m, S), joint.softmax(dim=1), joint.logsumexp(dim=1).mean()
+
 def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
     """EM for z [N, D]: weights, means, covariances; and each iteration's mean log-likelihood."""
     means = z[torch.randperm(len(z), generator=generator)[:K]]
@@ -935,16 +958,9 @@ def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
         means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
     r, likelihoods = 0.99 * r + 0.01 / K, []
     for _ in range(iterations):
-        # N_k = sum_n r_nk, w_k = N_k / N, m_k = sum_n r_nk z_n / N_k,
-        # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I: else singular if N_k < D
-        w, m = r.mean(0), r.T @ z / r.sum(0)[:, None]  # [K], [K, D]; S is [K, D, D]
-        S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])
-        S = S + ridge * torch.eye(z.shape[1]).to(z)
-        log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
-        joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
-        r = joint.softmax(dim=1)  # p(k|z)
-        likelihoods.append(joint.logsumexp(dim=1).mean().item())
-    return (w, m, S), likelihoods
+        mixture, r, log_p = em_step(z, r, ridge)
+        likelihoods.append(log_p.item())
+    return mixture, likelihoods
 
 def identity(options, path):
     """What tells one set of samples from another: the settings, and when the model was saved."""
@@ -1036,48 +1052,49 @@ def command_evaluate(options):
         raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
     if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
-    real, seeds = held_out.batch(range(num)), range(options.seed, options.seed + options.seeds)
+    real = held_out.batch(range(num))
     if options.bits:
-        if options.gmm or options.guidance or options.start or options.temperature != 1:
-            raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
         return print_bits(models, real, options)
-    store, jobs, table = Path(options.out) / 'evaluate.json', [], {}
-    cells = json.loads(store.read_text()) if store.exists() else {}  # all that was ever measured
+    def generated(what, model, mixture, row, i):  # with the i-th seed
+        row = replace(row, seed=row.seed + i)
+        return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
+                          for chunk, part in enumerate(real.split(CHUNK))])
+    block = lambda i: training.batch(torch.arange(i * num, (i + 1) * num))
+    jobs = {'floor: training images': (0, '', block)}  # name: network calls, origin, images
     for model, config, path in models:
         mixture, form = mixture_of(model, config, path, options), FORMS[config.form]
-        rows = {f'{form} drafts': options} if model.vae else {}
+        if model.vae:
+            images = partial(generated, 'draft', model, mixture, options)
+            jobs[f'{form} drafts'] = 1, identity(options, path), images
         for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
             steps = max(1, calls // (2 if options.guidance else 1))  # two calls a guided step
-            rows[f'{form} {sampler} {spacing}, {calls} calls'] = replace(
-                options, sampler=sampler, spacing=spacing, steps=steps)
-        jobs += [(name, f'{name} {num} {options.seeds} {identity(row, path)}', row, model, mixture,
-                  'draft' if 'drafts' in name else 'refined') for name, row in rows.items()]
-    todo, start = [job[2].steps for job in jobs if job[1] not in cells], time.monotonic()
+            row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
+            images = partial(generated, 'refined', model, mixture, row)
+            jobs[f'{form} {sampler} {spacing}, {calls} calls'] = calls, identity(row, path), images
+    store, table = Path(options.out) / 'evaluate.json', {}  # all that was ever measured
+    cells = json.loads(store.read_text()) if store.exists() else {}
+    key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
+    todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
     sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)
     seconds = (time.monotonic() - start) / 2 / CHUNK * num * sum(todo) + 3 * len(todo)
-    print(f'{len(todo)} of {len(jobs)} cells to measure, about {len(seeds) * seconds / 60:.0f} min'
-          f'\n1000 x sliced Wasserstein distance to {num} held-out images (not FID): mean over '
+    print(f'{len(todo)} of {len(jobs)} cells to measure, about {options.seeds * seconds / 60:.0f} '
+          f'min\n1000 x sliced Wasserstein distance to {num} held-out images (not FID): mean over '
           'levels +- standard error over seeds (each level, finest first)', flush=True)
-    def distance(row, model, mixture, what, seed):
-        chunks = [sample_chunk(model, replace(row, seed=seed), i, len(part), mixture)[what]
-                  for i, part in enumerate(real.split(CHUNK))]
-        return sliced_wasserstein(torch.cat(chunks), real).tolist()
-    def show(name, distances):
-        table[name], d = distances, torch.tensor(distances)  # [seeds, levels]
+    for name, (_, _, images) in jobs.items():
+        if key[name] not in cells:
+            cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
+                                for i in range(options.seeds)]
+            write_atomically(store, lambda file: file.write_text(json.dumps(cells)))
+        table[name], d = cells[key[name]], torch.tensor(cells[key[name]])  # [seeds, levels]
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
-    show('floor: training images', [sliced_wasserstein(training.batch(block), real).tolist()
-                                    for block in torch.arange(num * options.seeds).split(num)])
-    for name, key, *job in jobs:
-        if key not in cells:
-            cells[key] = [distance(*job, seed) for seed in seeds]
-            write_atomically(store, lambda file: file.write_text(json.dumps(cells)))
-        show(name, cells[key])
     if options.json:
         write_atomically(Path(options.json), lambda file: file.write_text(json.dumps(table)))
 
 def print_bits(models, x, options):
     """The bound of each model for images x, its terms apart, in bits per dimension."""
+    if options.gmm or options.guidance or options.start or options.temperature != 1:
+        raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
     for model, config, path in models:
         nats = to_uint8(x[:1], config.data).numel() * math.log(2)  # padding is no dimension
         for sigma in ('small', 'large'):
@@ -1127,9 +1144,8 @@ def has_attribute(labels, text):
         number = KINDS.index(value) if value in KINDS else float(value or 1)
         has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)
     except (KeyError, ValueError) as error:
-        ranges = [f'{name} ({v.min():.3g} to {v.max():.3g})' for name, v in labels.items()]
-        raise UserError(f'--attribute {text}: there are {", ".join(ranges) or "no labels here"}; '
-                        f'kind is one of {", ".join(KINDS)}') from error
+        raise UserError(f'--attribute {text}: there are {", ".join(labels) or "no labels here"}; '
+                        f'kinds are {", ".join(KINDS)}, other values numbers') from error
     if has.all() or not has.any():
         raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
     return has
@@ -1160,7 +1176,31 @@ def command_robust(options):
         rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
     write('robust', rows, [f'{s:.2f}' for s in strengths])
 
-# ==== 10. COMMAND LINE ============================================================================
+# ==== 10. COMMAND LINE, AND EXERCISES =============================================================
+EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
+                 predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
+                 time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
+def command_exercise(options):
+    """write a copy of this file with the bodies of exercises blanked, for a student to fill in"""
+    numbers, path = range(1, len(EXERCISES) + 1), Path(options.out)
+    if options.list:
+        rows = zip(numbers, EXERCISES, EXERCISES.values())
+        return print(*('{:2}  {:15} {} points'.format(*row) for row in rows), sep='\n')
+    if not {*options.only} <= {*numbers}:
+        raise UserError(f'--only {options.only}: exercises have numbers from 1 to {numbers[-1]}')
+    if path.exists():
+        raise UserError(f'--out {path}: exists already; move it, or name another file')
+    source = Path(__file__).read_text(encoding='utf-8')
+    lines = source.splitlines()
+    for node in reversed(ast.parse(source).body):  # from the end, so that line numbers stay right
+        name = getattr(node, 'name', None)
+        number = [*EXERCISES].index(name) + 1 if name in EXERCISES else 0
+        if number in (options.only or numbers):  # after the docstring and the comment below it
+            body = slice(node.body[1].lineno - 1, node.end_lineno)
+            lines[body] = [f"    raise NotImplementedError('Exercise {number}: {name}')"]
+    write_atomically(path, lambda file: file.write_text('\n'.join(lines) + '\n', 'utf-8'))
+    print(f'{path}: fill it in, and grade it with DIFFUSEVAE={path} pytest')
+
 class Parser(argparse.ArgumentParser):
     """argparse with errors of one line, raised as a UserError."""
     def error(self, message):
@@ -1171,8 +1211,8 @@ def main(argv=None):
     parser = Parser(prog='diffusevae.py', description=__doc__.split('\n')[0], allow_abbrev=False)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for command in (command_train, command_sample, command_evaluate, command_reconstruct,
-                    command_interpolate, command_edit, command_robust):
-        settings = Config if command == command_train else Sampling
+                    command_interpolate, command_edit, command_robust, command_exercise):
+        settings = {command_train: Config, command_exercise: Handout}.get(command, Sampling)
         name, text = command.__name__[8:], command.__doc__
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
@@ -1181,7 +1221,8 @@ def main(argv=None):
                 type=f.type, choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
             if name in (f.metadata['only'] or name):
-                sub.add_argument(f'--{f.name.replace("_", "-")}', default=argparse.SUPPRESS, **how,
+                flags = [f'--{f.name.replace("_", "-")}', *(['-o'] if f.name == 'out' else [])]
+                sub.add_argument(*flags, default=argparse.SUPPRESS, **how,
                                  required=f.name == 'stage', help=f.metadata['help'] + default)
     try:
         given = vars(parser.parse_args(argv))
@@ -1190,8 +1231,8 @@ def main(argv=None):
             value, low, high = given.get(f.name), f.metadata['low'], f.metadata['high']
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
-        run(given if settings is Config else Sampling(**given))
-    except (UserError, OSError, json.JSONDecodeError) as error:
+        run(given if settings is Config else settings(**given))
+    except (UserError, OSError, json.JSONDecodeError, NotImplementedError) as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
     return 0
