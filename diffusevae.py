@@ -23,7 +23,7 @@ from pathlib import Path
 import torch, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
-from torch.distributions import MultivariateNormal
+from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
@@ -32,15 +32,12 @@ class UserError(Exception):
 
 def generator(*key):
     """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
-    # Training step s draws from that of (seed, 'step', s): runs repeat, and resume without state.
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
-
 # ==== 1. DATA =====================================================================================
 #    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
 #    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
 KINDS = 'wide', 'circle', 'tall'
-
 def draw_shapes(n, generator, size=32):
     """n striped shapes: uint8 [n, 3, size, size]; and their factors: kind, others in [0, 1]."""
     # A VAE can learn the factors (hues from red to blue: a whole circle would not fit a Gaussian);
@@ -74,12 +71,11 @@ class Images:
         self.fit = partial(ImageOps.fit, method=Image.LANCZOS) if crop else Image.Image.resize
         self.unreadable, self.pool = set(), ThreadPoolExecutor()  # PIL decodes in parallel
         if size and 3 * size**2 * len(pixels) <= 1e9:
-            images = torch.stack(list(self.pool.map(self.read, range(len(pixels)))))
-            good = [i for i in range(len(pixels)) if i not in self.unreadable]
-            self.pixels, self.size = images[good], None
-            self.labels = {name: label[good] for name, label in labels.items()}
+            self.pixels, self.size = self.read_all(range(len(pixels))), None
     def __len__(self):
         return len(self.pixels)
+    def read_all(self, indices):
+        return torch.stack([*self.pool.map(self.read, indices)])
     def read(self, i):
         """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
         around = (k % len(self) for k in range(int(i), int(i) + len(self)))
@@ -94,16 +90,11 @@ class Images:
                 print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
         raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
     def batch(self, indices):
-        x = torch.stack([*self.pool.map(self.read, indices)]) if self.size else self.pixels[indices]
-        return x.float() / 255
+        return (self.read_all(indices) if self.size else self.pixels[indices]).float() / 255
 
 GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
-NAMED = dict(  # what reads a named data set, and the files that it reads or downloads below --root
-    mnist=(datasets.MNIST, 'MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte'),
-    fashion=(datasets.FashionMNIST, 'FashionMNIST/raw/, named as those of mnist'),
-    cifar10=(datasets.CIFAR10, 'cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}'),
-    celeba=(datasets.CelebA, 'celeba/img_align_celeba/*.jpg and celeba/*.txt'))
-
+NAMED = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, cifar10=datasets.CIFAR10,
+             celeba=datasets.CelebA)  # what reads a named data set below --root
 def load_images(data, root='data', size=32, train=True):
     """The training or held-out `Images` of a data set's name or a folder's path, or a UserError."""
     if data == 'shapes':
@@ -117,13 +108,14 @@ def load_images(data, root='data', size=32, train=True):
         if len(paths) <= split:
             raise UserError(f'--data {data}: neither {", ".join(NAMED)}, nor a folder of images')
         return Images(paths[split:] if train else paths[:split], size=size)
-    dataset, files = NAMED[data]
+    dataset = NAMED[data]
+    folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
     split = dict(split='train' if train else 'test') if data == 'celeba' else dict(train=train)
     try:
         found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--data {data}: not under --root {root}, and the download failed '
-                        f'({" ".join(str(error).splitlines()[:1])}); put {files} there') from error
+        raise UserError(f'--data {data}: its original files are not in {root}/{folder}, and the '
+                        f'download failed: {" ".join(str(error).splitlines()[:1])}') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
         paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
@@ -134,7 +126,6 @@ def load_images(data, root='data', size=32, train=True):
     if data in GREY:
         return Images(F.pad(found.data[:, None], (2, 2, 2, 2)), labels)  # [N, 1, 32, 32]
     return Images(rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x'), labels)
-
 # ==== 2. VAE: the generator of drafts =============================================================
 #    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
@@ -195,7 +186,6 @@ SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; 
     image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
     lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=lambda x:
     x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))  # the centre is blank
-
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
@@ -223,7 +213,6 @@ class VAE(nn.Module):
         mu, logvar = self.encode(x)
         x_hat = self.decode(reparameterize(mu, logvar, eps))
         return negative_elbo(self.signal(x), x_hat, mu, logvar, self.alpha)
-
 # ==== 3. DIFFUSION: one implementation for Formulations 1 and 2 and the baseline ==================
 #    Formulation 1:  q(x_t|x_0)        = N(sqrt(alpha_bar_t) x_0,         (1 - alpha_bar_t) I)
 #    Formulation 2:  q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
@@ -339,7 +328,6 @@ class Diffusion(nn.Module):
                 y = dpmpp_step(y, x_0, alpha_bar, alpha_bar_next, previous)
             previous = x_0, alpha_bar
         return y
-
 # ==== 4. U-NET: eps_theta =========================================================================
 #    Residual blocks at falling, then rising resolution; every feature map of the way down is
 #    concatenated on the way up; attention in the middle and where asked for; t in every block.
@@ -381,8 +369,6 @@ class Attention(nn.Module):
     """Residual multi-head self-attention over the pixels of [B, C, H, W]."""
     def __init__(self, channels, heads, groups=1):
         super().__init__()
-        if channels % heads:
-            raise ValueError(f'{channels} channels do not divide into {heads} attention heads')
         self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
@@ -399,8 +385,10 @@ class UNet(nn.Module):
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
         last = len(multipliers) - 1
-        if size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}:
-            raise ValueError(f'{last + 1} levels cannot halve {size}, or attend at {attention}')
+        if (size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}
+                or any(m * channels % heads for m in multipliers)):
+            raise ValueError(f'{last + 1} levels cannot halve {size}, attend at {attention}, or '
+                             f'divide {channels} channels times {multipliers} into {heads} heads')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
@@ -448,7 +436,6 @@ class UNet(nn.Module):
                 for layer in others:
                     h = layer(h)
         return self.head(F.silu(self.head_norm(h.float())))
-
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
 def network_input(y_t, x_hat, form):
     """What eps_theta is shown of y_t and the draft, both [B, C, H, W]: [B, 2C, H, W]."""
@@ -465,8 +452,8 @@ class DiffuseVAE(nn.Module):
         super().__init__()
         self.z_dim = vae.z_dim if vae else 0
         self.vae = vae.requires_grad_(False).eval() if vae else None
-        self.unet, self.diffusion, self.form, self.image_shape = unet, diffusion, form, image_shape
-        self.cond_drop = cond_drop
+        self.unet, self.diffusion, self.form = unet, diffusion, form
+        self.image_shape, self.cond_drop = image_shape, cond_drop
     device = property(lambda self: self.diffusion.alpha_bar.device)
     def train(self, mode=True):
         """As for every module, except that the frozen VAE stays in eval mode."""
@@ -508,7 +495,6 @@ class DiffuseVAE(nn.Module):
                 eps = (1 + guidance) * eps - guidance * null
             return eps
         return (self.diffusion.sample(eps_theta, y_T, noise, **how) + 1) / 2
-
 # ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
 #    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
@@ -516,8 +502,6 @@ EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  #
 DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
 ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
 pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
-# Paper and authors' YAML, except: batch (over all GPUs), epochs, heads and dropout are the authors'
-# scripts', attention on CIFAR-10 is their reproduction branch's. CelebA trains on 162,770 images.
 length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
 def paper(size, width, encoder, decoder, multipliers, attention, vae, ddpm, **both):
@@ -527,7 +511,7 @@ def paper(size, width, encoder, decoder, multipliers, attention, vae, ddpm, **bo
     return (both | networks | dict(size=size), dict(lr=1e-4, warmup=1) | vae,
             DDPM | unet | dict(dropout=0.1, lr=2e-4, warmup=5000) | ddpm)
 
-PRESETS = {  # 'small' is ours, see NOTES.md
+PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
     'small': (dict(data='shapes'),
               dict(alpha=0.1, clip=100.0, ema=0.9999, batch=64, steps=1500), DDPM),
     'cifar10': paper(
@@ -536,22 +520,22 @@ PRESETS = {  # 'small' is ours, see NOTES.md
         length(2850, 50_000, 256) | dict(dropout=0.3), data='cifar10'),
     'celeba64': paper(
         64, '64:64,32:128,16:256,8:256,4:256,1:512', '64:7,32:4,16:7,8:3,4:3,1:2',
-        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,), length(245, 162_770, 32),
-        length(500, 162_770, 128), data='celeba'),
+        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,),
+        length(245, 162_770, 32), length(500, 162_770, 128), data='celeba'),
     'celebahq128': paper(
         128, '128:64,64:64,32:128,16:128,8:256,4:512,1:1024', '128:1,64:3,32:3,16:7,8:3,4:3,1:2',
         '1:1,4:2,8:2,16:6,32:2,64:2,128:1', (1, 2, 2, 3, 4), (8,), length(500, 30_000, 42),
-        length(1000, 30_000, 64) | dict(lr=2e-5), flip=True),
+        length(1000, 30_000, 64) | dict(lr=2e-5), data='celebahq', flip=True),
     'celebahq256': paper(
         256, '256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
         '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
         (1, 1, 2, 2, 4, 4), (16,), length(500, 30_000, 16),
-        length(1000, 30_000, 64) | dict(lr=2e-5), flip=True)}
-SMALL_NETWORKS = {  # by image size, where no preset says: ours
-    32: dict(width=pairs('32:16,16:32,8:64,4:128,1:16'),
-             encoder=pairs('32:0,8:1,4:2,1:1'), decoder=pairs('1:1,4:3,8:2,16:1,32:0')),
-    64: dict(width=pairs('64:16,32:16,16:32,8:64,4:128,1:64'),
-             encoder=pairs('64:0,16:0,8:1,4:2,1:1'), decoder=pairs('1:1,4:3,8:2,16:1,32:1,64:0'))}
+        length(1000, 30_000, 64) | dict(lr=2e-5), data='celebahq', flip=True)}
+
+def small_networks(size):
+    """The VAE of ours, where no preset says, for images whose size is a multiple of 16."""
+    return dict(width={size: 16, 16: 32, 8: 64, 4: 128, 1: size**2 // 64},
+                encoder={size: 0, 8: 1, 4: 2, 1: 1}, decoder={1: 1, 4: 3, 8: 2, 16: 1, size: 0})
 
 def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
@@ -604,7 +588,7 @@ class Sampling:
     sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
     spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'), only=DRAWING)
-    temperature: float = option(1.0, 'scale of the starting noise y_T', 0, 1e3)
+    temperature: float = option(1.0, 'scale of the starting noise y_T, not of x_hat', 0, 1e3)
     shared_noise: bool = option(False, 'one noise sequence for all images', only='sample evaluate')
     start: int = option(None, 'truncated chain: as if T were this', 1)
     guidance: float = option(0.0, 'weight W, for models trained with --cond-drop', 0, 100)
@@ -616,16 +600,9 @@ class Sampling:
     calls: ints = option((5, 10, 25), 'network calls an image', kind='free', only='evaluate')
     seeds: int = option(2, 'number of seeds, from --seed on', 2, 1000, kind='free', only='evaluate')
     bits: bool = option(False, 'the bound on -log2 p(x) instead', kind='free', only='evaluate')
-    json: str = option(None, 'file for the table', kind='free', only='evaluate')
+    json: str = option(None, 'file; default OUT/evaluate.json', kind='free', only='evaluate')
     path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
-
-@dataclass
-class Handout:
-    """All settings of `exercise`."""
-    out: str = option('student.py', 'file to write')
-    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
-    list: bool = option(False, 'print the exercises and their points instead')
 
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
@@ -638,17 +615,12 @@ def resolve(given, before, path):
     both, *stages = PRESETS[(kept | given).get('preset', 'small')]
     fresh = both | stages[given['stage'] - 1] | {'root': before.get('root', 'data')} | kept
     settings = (before if resume else fresh) | given
-    if 'data' not in settings:
-        raise UserError(f'--preset {settings["preset"]}: needs --data FOLDER')
     size = settings.setdefault('size', 64 if settings['data'] == 'celeba' else 32)
-    config = Config(**SMALL_NETWORKS.get(size, {}) | settings)
+    config = Config(**small_networks(size) | settings)
     config.flip = config.flip and config.data not in GREY
     if config.signal == 'grey' and config.data in GREY:
         raise UserError(f'--signal grey: the images of --data {config.data} are grey already')
-    if None in (config.encoder, config.decoder, config.width):
-        raise UserError(f'--size {config.size}: needs --encoder, --decoder and --width')
     return config
-
 # ==== 7. TRAINING: one loop for both stages =======================================================
 #    A stage is a module: noise(n, generator) draws for a step, forward(x, *noise) gives `metrics`.
 def build(config):
@@ -669,7 +641,7 @@ def build(config):
     except NotImplementedError:  # an exercise that is not solved
         raise
     except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f'these settings make no network: {error!r}') from error
+        raise UserError(f'no network for --size {c.size} and these settings: {error!r}') from error
     return model
 
 def choose_device(name):
@@ -699,11 +671,10 @@ def load_checkpoint(out, stage, form):
         return path, None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        found = saved['config']['stage'], saved['config']['form']
+        if (saved['config']['stage'], saved['config']['form']) != (stage, form):
+            raise ValueError(path)
     except Exception as error:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f'{path}: damaged, or not a checkpoint of this program') from error
-    if found != (stage, form):
-        raise UserError(f'{path}: holds stage {found[0]} form {found[1]}, not what its name says')
+        raise UserError(f'{path}: damaged, or not a stage {stage} form {form}') from error
     return path, saved
 
 def ema_update(averages, parameters, step, decay):
@@ -726,7 +697,7 @@ def command_train(given):
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
         raise UserError(f'--form {form}: stage 1 trains the same VAE for all forms; leave it out')
-    data = (PRESETS[given.get('preset', 'small')][0] | given).get('data', '')
+    data = (PRESETS[given.get('preset', 'small')][0] | given)['data']
     out = Path(given.get('out') or f'runs/{Path(data).resolve().name}')
     device, precision = choose_device(given.get('device'))
     path, saved = load_checkpoint(out, stage, form)
@@ -736,9 +707,7 @@ def command_train(given):
     config = resolve(given, (saved or parent or {}).get('config', {}), source)
     config.precision = config.precision or precision
     done, rows = (saved['step'], saved['rows']) if saved else (0, [])
-    if config.steps < done:
-        raise UserError(f'--steps {config.steps}: {path} has {done} already')
-    if config.steps == done:
+    if config.steps <= done:
         return print(f'{path} is complete: {done} steps; a larger --steps extends it')
     out.mkdir(parents=True, exist_ok=True)
     print(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}')
@@ -747,11 +716,9 @@ def command_train(given):
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config).to(device, memory_format=torch.channels_last)
-    if stage == 1 and config.preset == 'small':
-        # As He et al.: by default a block's branch starts at 1% of h, and VAEs learn late where in
-        # the image things are, which only branches can tell: the rest is averaged over the image.
-        for conv in (conv for m in model.modules() if isinstance(m, VAEBlock) for conv in m.convs):
-            nn.init.kaiming_normal_(conv.weight)
+    if stage == 1 and config.preset == 'small':  # as He et al.: by default branches start so small
+        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
+            nn.init.kaiming_normal_(conv.weight)  # that the VAE learns positions late, NOTES 4
     if stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5 the
         mean = images.batch(range(min(1000, len(images)))).mean()  # sigmoid is driven so far down
         nn.init.constant_(model.head.bias, torch.logit(mean))  # that its gradient vanishes
@@ -796,15 +763,14 @@ def command_train(given):
                            model=model.state_dict(), optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
             table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
-            lines = ''.join(','.join(map(str, row)) + '\n' for row in table)
-            write_atomically(path.with_suffix('.csv'), lambda file: file.write_text(lines))
+            write_atomically(path.with_suffix('.csv'), lambda file: file.write_text(
+                ''.join(','.join(map(str, row)) + '\n' for row in table)))
             pictures = sample_chunk(averaged, Sampling(), 0, 16) if stage == 2 else {
                 config.signal: averaged.signal(shown),
                 'draft': averaged.decode(averaged.encode(shown)[0])}
             write_grid(path.with_suffix('.png'), pictures.items(), config.data)
             save_time = row_time = time.monotonic()
     print(f'{path} is complete; look at {path.with_suffix(".png")}')
-
 # ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 def load_trained(options, form=None):
@@ -830,7 +796,6 @@ def paint(model, options, z, noise=None, draft=None):
     shared, z = generator(options.seed, 'shared noise'), z.to(model.device)
     noise = noise or partial(torch.randn, 1, *model.image_shape, generator=shared)
     draw = lambda: noise()[:len(z)].to(model.device)
-    # Temperature scales y_T, the noise alone: x_hat stays as it is in Formulation 2.
     y_T = options.temperature * draw().expand(len(z), -1, -1, -1)
     if model.vae:
         draft = model.vae.decode(z) if draft is None else draft.to(model.device)
@@ -880,9 +845,8 @@ def command_sample(options):
         images = load_images(config.data, config.root, config.size)
         if not options.png or num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
-        order = torch.randperm(len(images), generator=generator(options.seed, 'real'))
-        settings = dict(real=config.data, seed=options.seed)
-        make = lambda chunk, n: dict(real=images.batch(order[chunk * CHUNK:][:n]))
+        settings = dict(real=config.data)
+        make = lambda chunk, n: dict(real=images.batch(range(chunk * CHUNK, chunk * CHUNK + n)))
     else:
         mixture = mixture_of(model, config, path, options)
         settings = identity(options, path)
@@ -896,8 +860,7 @@ def command_sample(options):
         return print(f'{grid}: {" above ".join(drawn)}')
     names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
     folder, note = Path(options.png), Path(options.png, 'settings.json')
-    before = json.loads(note.read_text()) if note.exists() else settings
-    if before != settings:
+    if note.exists() and (before := json.loads(note.read_text())) != settings:
         raise UserError(f'--png {folder}: was made with {dict(before.items() - settings.items())}')
     write_atomically(note, lambda file: file.write_text(json.dumps(settings, indent=1)))
     for first in range(0, num, CHUNK):
@@ -907,15 +870,16 @@ def command_sample(options):
             drawn = torch.cat([*make(first // CHUNK, end - first).values()])
             for path, image in zip(paths, map(to_pil_image, to_uint8(drawn, config.data))):
                 write_atomically(path, partial(image.save, format='png'))
-        left = (time.monotonic() - start) * (num / end - 1)
-        report(f'{end}/{num} images in {folder}  {left / 60:.1f} min left', end=end == num)
-
+        left = (time.monotonic() - start) * (num / end - 1) / 60
+        report(f'{end}/{num} images in {folder}  {left:.1f} min left', end=end == num)
 # ==== 9. EXPERIMENTS: the paper's claims, each a table or a picture ===============================
 def laplacian_pyramid(x):
     """[N, C, R, R] -> what each halving of the resolution loses, finest first, and the rest."""
+    row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
+    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)  # a blur, close to a Gaussian
     levels = []
     while x.shape[-1] >= 16:
-        low = gaussian_blur(x, 5, 1.0)[..., ::2, ::2]
+        low = F.conv2d(F.pad(x, [2] * 4, 'reflect'), kernel, stride=2, groups=x.shape[1])
         levels.append(x - F.interpolate(low, scale_factor=2, mode='bilinear'))
         x = low
     return [*levels, x]
@@ -984,14 +948,11 @@ def mixture_of(model, config, path, options):
     saved = torch.load(cache, weights_only=True) if cache.exists() else {}
     if saved.get('model') != saved_at:
         (mu, logvar), _ = codes(model, config)
-        if len(mu) < options.gmm:
-            raise UserError(f'--gmm {options.gmm}: there are {len(mu)} training images')
         g = generator('gmm')
         z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
         (w, m, S), log_p = fit_mixture(z, options.gmm, g)
         print(f'{cache}: {len(log_p)} EM steps, log p(z) = {log_p[-1]:.2f} nats a code')
-        mixture = [part.float() for part in (w, m, torch.linalg.cholesky(S))]
-        saved = dict(model=saved_at, mixture=mixture)
+        saved = dict(model=saved_at, mixture=[p.float() for p in (w, m, torch.linalg.cholesky(S))])
         write_atomically(cache, partial(torch.save, saved))
     return saved['mixture']
 
@@ -1016,14 +977,13 @@ def bound(model, x, generator, sigma='small', strata=20):
         eps = model.eps_theta(y_t.float(), t, x_hat, z).double()
         return predict_x0(y_t, alpha_bar[t], eps).clamp(-1, 1)
     last, chain = alpha_bar[-1], 0
-    terms['L_T'] = total(0.5 * (last * x_0**2 - last - torch.log1p(-last)))
+    terms['L_T'] = total(kl_normal(Normal(last**0.5 * x_0, (1 - last) ** 0.5), Normal(0.0, 1.0)))
     for part in torch.arange(1, T).tensor_split(strata):
         t = part[(len(part) * torch.rand(len(x), generator=generator)).long()].to(x.device)
-        # 1/2 (v_q/v_p - 1 - log(v_q/v_p) + (m_q - m_p)^2 / v_p), means m and variances v
         difference, v_q = q_posterior(x_0 - prediction(t), 0, alpha_bar[t], alpha_bar[t - 1])
         v_p = v_q if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
-        kl = 0.5 * (v_q / v_p - 1 - (v_q / v_p).log() + difference**2 / v_p)
-        chain = chain + len(part) * total(kl.expand(x.shape))
+        kl = kl_normal(Normal(difference, v_q**0.5), Normal(0.0, v_p**0.5))
+        chain = chain + len(part) * total(kl)
     mean = prediction(torch.zeros(len(x), dtype=torch.long, device=x.device))
     std = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])[1] ** 0.5
     # Pixel values are 2/255 apart; the bins of -1 and 1 are open. The Gaussian is symmetric: take
@@ -1055,41 +1015,38 @@ def command_evaluate(options):
     real = held_out.batch(range(num))
     if options.bits:
         return print_bits(models, real, options)
-    def generated(what, model, mixture, row, i):  # with the i-th seed
+    def generated(what, model, mixture, row, i):
         row = replace(row, seed=row.seed + i)
         return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
                           for chunk, part in enumerate(real.split(CHUNK))])
-    block = lambda i: training.batch(torch.arange(i * num, (i + 1) * num))
-    jobs = {'floor: training images': (0, '', block)}  # name: network calls, origin, images
+    jobs = {'floor: training images': (  # name: network calls, origin, images of the i-th seed
+        0, '', lambda i: training.batch(range(i * num, (i + 1) * num)))}
     for model, config, path in models:
         mixture, form = mixture_of(model, config, path, options), FORMS[config.form]
         if model.vae:
             images = partial(generated, 'draft', model, mixture, options)
             jobs[f'{form} drafts'] = 1, identity(options, path), images
         for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
-            steps = max(1, calls // (2 if options.guidance else 1))  # two calls a guided step
+            steps = max(1, calls // (1 + (options.guidance > 0)))  # two calls a guided step
             row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
             images = partial(generated, 'refined', model, mixture, row)
             jobs[f'{form} {sampler} {spacing}, {calls} calls'] = calls, identity(row, path), images
-    store, table = Path(options.out) / 'evaluate.json', {}  # all that was ever measured
+    store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
     cells = json.loads(store.read_text()) if store.exists() else {}
     key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
     todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
     sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)
     seconds = (time.monotonic() - start) / 2 / CHUNK * num * sum(todo) + 3 * len(todo)
-    print(f'{len(todo)} of {len(jobs)} cells to measure, about {options.seeds * seconds / 60:.0f} '
-          f'min\n1000 x sliced Wasserstein distance to {num} held-out images (not FID): mean over '
-          'levels +- standard error over seeds (each level, finest first)', flush=True)
+    print(f'{len(todo)} of {len(jobs)} cells left, about {options.seeds * seconds / 60:.0f} min\n'
+          f'Distance to {num} held-out images (not FID) +- standard error (by level)', flush=True)
     for name, (_, _, images) in jobs.items():
         if key[name] not in cells:
             cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
                                 for i in range(options.seeds)]
             write_atomically(store, lambda file: file.write_text(json.dumps(cells)))
-        table[name], d = cells[key[name]], torch.tensor(cells[key[name]])  # [seeds, levels]
+        d = torch.tensor(cells[key[name]])  # [seeds, levels]
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
-    if options.json:
-        write_atomically(Path(options.json), lambda file: file.write_text(json.dumps(table)))
 
 def print_bits(models, x, options):
     """The bound of each model for images x, its terms apart, in bits per dimension."""
@@ -1155,11 +1112,10 @@ def command_edit(options):
     model, config, x, mu, write = held_out_codes(options)
     (all_mu, _), labels = codes(model, config)
     has = has_attribute(labels, options.attribute)
-    direction = all_mu[has].mean(0) - all_mu[~has].mean(0)
-    strengths = torch.linspace(-2, 2, options.num or 9)
-    painted = [paint(model, options, z + strengths[:, None] * direction) for z in mu[:3]]
-    rows = [row for images in painted for row in images.items()]
-    write('edit', rows, [f'{s:+.1f}' for s in strengths])
+    d = all_mu[has].mean(0) - all_mu[~has].mean(0)  # the direction
+    s = torch.linspace(-2, 2, options.num or 9)
+    rows = [row for z in mu[:3] for row in paint(model, options, z + s[:, None] * d).items()]
+    write('edit', rows, [f'{strength:+.1f}' for strength in s])
 
 def command_robust(options):
     """damage a draft more and more before it is refined: by noise, by blur, by missing blocks"""
@@ -1175,8 +1131,13 @@ def command_robust(options):
             blocks=draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())).items():
         rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
     write('robust', rows, [f'{s:.2f}' for s in strengths])
-
 # ==== 10. COMMAND LINE, AND EXERCISES =============================================================
+@dataclass
+class Handout:
+    """All settings of `exercise`."""
+    out: str = option('student.py', 'file to write')
+    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
+    list: bool = option(False, 'print the exercises and their points instead')
 EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
                  predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
                  time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
@@ -1201,14 +1162,11 @@ def command_exercise(options):
     write_atomically(path, lambda file: file.write_text('\n'.join(lines) + '\n', 'utf-8'))
     print(f'{path}: fill it in, and grade it with DIFFUSEVAE={path} pytest')
 
-class Parser(argparse.ArgumentParser):
-    """argparse with errors of one line, raised as a UserError."""
-    def error(self, message):
-        raise UserError(message)
-
 def main(argv=None):
     """Run one command of the command line; returns the exit code."""
-    parser = Parser(prog='diffusevae.py', description=__doc__.split('\n')[0], allow_abbrev=False)
+    def fail(message):  # argparse would print the usage, too, and exit
+        raise UserError(message)
+    parser = argparse.ArgumentParser('diffusevae.py', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for command in (command_train, command_sample, command_evaluate, command_reconstruct,
                     command_interpolate, command_edit, command_robust, command_exercise):
@@ -1216,14 +1174,15 @@ def main(argv=None):
         name, text = command.__name__[8:], command.__doc__
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
+        sub.error = parser.error = fail
         for f in fields(settings):  # absent from the result unless given
             how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=f.metadata['choices'])
             default = '' if f.default in (None, False, ()) else f' (default {f.default})'
             if name in (f.metadata['only'] or name):
-                flags = [f'--{f.name.replace("_", "-")}', *(['-o'] if f.name == 'out' else [])]
-                sub.add_argument(*flags, default=argparse.SUPPRESS, **how,
-                                 required=f.name == 'stage', help=f.metadata['help'] + default)
+                sub.add_argument(*['-o'] * (f.name == 'out'), f'--{f.name.replace("_", "-")}',
+                                 default=argparse.SUPPRESS, **how, required=f.name == 'stage',
+                                 help=f.metadata['help'] + default)
     try:
         given = vars(parser.parse_args(argv))
         run, settings = given.pop('run'), given.pop('settings')

@@ -52,7 +52,7 @@ try:
 except Exception as error:
     pytest.exit(f'{GRADED} cannot be imported: {error!r}', returncode=2)
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 T = 1000
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
@@ -255,7 +255,7 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     name = getattr(item.cls, 'exercise', None)
-    with replaced(others(name) if name else unsolved()), time_limit(10 if name else TIME_LIMIT):
+    with replaced(others(name) if name else unsolved()), time_limit(TIME_LIMIT):
         return (yield)
 
 
@@ -411,12 +411,12 @@ class TestQSample:
     def test_step_by_step(self):
         """Mean and variance are those after 300 steps y <- sqrt(1 - beta) y + sqrt(beta) noise."""
         y_0, t = 0.8, 299
-        y, g = torch.full((50_000,), y_0, dtype=torch.float64), torch.Generator().manual_seed(0)
+        y, g = torch.full((10_000,), y_0, dtype=torch.float64), torch.Generator().manual_seed(0)
         for beta in BETA[:t + 1]:
-            y = (1 - beta)**0.5 * y + beta**0.5 * torch.randn(50_000, generator=g)
+            y = (1 - beta)**0.5 * y + beta**0.5 * torch.randn(10_000, generator=g)
         at_once = dv.q_sample(tensor(y_0), ALPHA_BAR[t], randn(50_000))
-        assert abs(at_once.mean() - y.mean()) < 0.01
-        assert abs(at_once.var() / y.var() - 1) < 0.03
+        assert abs(at_once.mean() - y.mean()) < 0.03
+        assert abs(at_once.var() / y.var() - 1) < 0.05
 
     def test_by_hand(self):
         """alpha_bar = 0.36 gives 0.6 y_0 + 0.8 eps, of the given eps."""
@@ -686,7 +686,7 @@ class TestEMStep:
         assert torch.allclose(log_p, theirs)
 
     def test_weighted_moments(self):
-        """w, m and S are the moments of z weighted by r, by a loop over examples."""
+        """w, m and S are the moments of z weighted by r, plus the ridge (1e-6 by default)."""
         (w, m, S), _, _ = dv.em_step(self.z, self.r, ridge=0.25)
         for k in range(2):
             N_k = sum(self.r[n, k] for n in range(40))
@@ -695,6 +695,8 @@ class TestEMStep:
                       for n in range(40)) / N_k
             assert torch.allclose(w[k], N_k / 40) and torch.allclose(m[k], mean)
             assert torch.allclose(S[k], cov + 0.25 * torch.eye(3))
+        (_, _, S), *_ = dv.em_step(torch.zeros(4, 2).double(), torch.ones(4, 1).double())
+        assert torch.allclose(S[0], 1e-6 * torch.eye(2).double())  # the default
 
     def test_responsibilities(self):
         """The new r is p(k|z) by Bayes' rule, and the likelihood the mean of log p(z), both of the
@@ -970,8 +972,7 @@ def test_blanked_file_fails_every_exercise_and_each_body_put_back_is_one_more(tm
     for name in FAILED:
         pytest.skip(f'needs exercise {EXERCISES[name].number}, {name}')
     blank = student_copy(tmp_path / 'blank.py')
-    listed = [(name, points) for name, points, *_ in dv.exercises(GRADED.read_text())]
-    assert listed == [(name, cls.points) for name, cls in EXERCISES.items()]
+    assert [*dv.EXERCISES.items()] == [(name, cls.points) for name, cls in EXERCISES.items()]
     for name, cls in EXERCISES.items():
         assert getattr(blank, name).__doc__ == getattr(dv, name).__doc__
         assert inspect.signature(getattr(blank, name)) == inspect.signature(getattr(dv, name))
@@ -1017,7 +1018,7 @@ def tiny(form='1', z_cond=False, channels=1, size=8, T=T, **unet):
     width = {8: 8, 4: 8, 1: 4}
     vae = None
     if form != 'uncond':
-        vae = dv.VAE(channels, size, '8d2,4d4,4t1', '1u4,1t4,4u2,4t8', width)
+        vae = dv.VAE(channels, size, {8: 0, 4: 0, 1: 0}, {1: 0, 4: 0, 8: 0}, width)
     net = dv.UNet(channels * (1 if form == 'uncond' else 2), channels, size, 8, [1, 2], 1, [4],
                   heads=2, z_dim=4 * z_cond, **unet)
     for p in net.parameters():
@@ -1116,9 +1117,9 @@ def test_folder_of_mixed_images(tmp_path, capsys):
     (tmp_path / 'broken.png').write_bytes(b'no image')
     (tmp_path / 'notes.txt').write_text('not counted')
     train, held_out = (dv.load_images(tmp_path, size=16, train=train) for train in (True, False))
-    assert len(train) + len(held_out) == 35 and len(held_out) >= 1
+    assert len(train) + len(held_out) == 36 and len(held_out) >= 1
     assert train.pixels.shape[1:] == (3, 16, 16)
-    assert 'broken.png' in capsys.readouterr().err
+    assert 'broken.png' in capsys.readouterr().err  # the next one stands for it
 
 
 def test_folder_sixteen_bits_are_scaled_not_clipped(tmp_path):
@@ -1166,23 +1167,25 @@ def test_large_sets_are_read_from_files_when_asked_for(tmp_path):
 # 2. VAE -------------------------------------------------------------------------------------------
 
 
-def test_backbone_reads_the_shorthand():
+def test_backbone_by_hand():
     """Blocks, pooling, upsampling and width changes at the right places, 1x1 kernels at 1x1."""
     width = {8: 4, 4: 6, 1: 10}
-    down, up = dv.backbone('8x2,8d2,8t4,4d4,4t1,1x1', width), dv.backbone('1u4,1t4,4u2,4t8', width)
+    down, up = dv.backbone({8: 2, 4: 0, 1: 1}, width), dv.backbone({1: 1, 4: 2, 8: 0}, width)
     x = randn(2, 4, 8, 8, dtype=torch.float32)
     assert down(x).shape == (2, 10, 1, 1) and up(down(x)).shape == x.shape
+    names = lambda layers: [type(layer).__name__ for layer in layers]
+    assert names(down) == ['VAEBlock'] * 3 + ['AvgPool2d', 'Conv2d', 'VAEBlock', 'AvgPool2d',
+                                              'Conv2d', 'VAEBlock']
+    assert names(up) == ['VAEBlock', 'Upsample', 'Conv2d', 'VAEBlock', 'VAEBlock', 'Upsample',
+                         'Conv2d']
     blocks = [m for m in down if isinstance(m, dv.VAEBlock)]
     assert [[c.kernel_size[0] for c in b.convs] for b in blocks] == [[1, 3, 3, 1]] * 4 + [[1] * 4]
     assert [b.convs[0].out_channels for b in blocks] == [2, 2, 2, 3, 5]
     assert all(not c.bias.any() for b in blocks for c in b.convs)
     assert all(m.bias is None for m in [*down, *up] if isinstance(m, nn.Conv2d))
-    pooled = down[3](x)
+    pooled, h = down[3](x), down[-1](x.new_ones(2, 10, 1, 1))
     assert torch.allclose(pooled[0, 0, 0, 0], x[0, 0, :2, :2].mean())
-    assert torch.equal(up[0](x)[..., :4, :4], x[..., :1, :1].expand(-1, -1, 4, 4))
-    for bad in ('8y2', '8x', 'x2', ''):
-        with pytest.raises(ValueError, match='none of'):
-            dv.backbone(bad, width)
+    assert torch.equal(up[1](h), h.expand(-1, -1, 4, 4))
 
 
 def test_vae_block_is_a_residual_of_gelu_then_convolution():
@@ -1738,7 +1741,7 @@ def test_resume_finish_extend_contradict(trained, capsys):
     message = capsys.readouterr().err
     assert '0.5' in message and '0.002' in message and message.count('\n') == 1
     assert run(*base, '--data', 'mnist') == 2 and 'shapes' in capsys.readouterr().err
-    assert run(*base, '--steps', 5) == 2 and '12' in capsys.readouterr().err
+    assert run(*base, '--steps', 5) == 0 and 'complete: 12 steps' in capsys.readouterr().out
     assert path.read_bytes() == before
 
 
@@ -2044,7 +2047,7 @@ def test_signals_by_hand():
 
 
 def test_vae_sees_and_models_the_signal():
-    vae = dv.VAE(3, 8, '8d2,4d4,4t1', '1u4,1t4,4u2,4t8', {8: 8, 4: 8, 1: 4}, signal='grey')
+    vae = dv.VAE(3, 8, {8: 0, 4: 0, 1: 0}, {1: 0, 4: 0, 8: 0}, {8: 8, 4: 8, 1: 4}, signal='grey')
     x, eps = torch.rand(2, 3, 8, 8), torch.zeros(2, 4)
     grey = x.mean(1, keepdim=True).expand_as(x)
     assert torch.equal(vae.encode(x)[0], vae.encode(grey)[0])
@@ -2086,17 +2089,19 @@ def test_condition_is_dropped_by_image_at_the_given_rate():
 
 def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
     """The table has all models and calls; stored cells are not measured again."""
-    command = ['evaluate', '--out', trained, '--num', 40, '--calls', '2,3']
-    assert run(*command, '--json', tmp_path / 't.json') == 0
+    file = tmp_path / 't.json'
+    command = ['evaluate', '--out', trained, '--num', 40, '--calls', '2,3', '--json', file]
+    assert run(*command) == 0
     text = capsys.readouterr().out
-    table = json.loads((tmp_path / 't.json').read_text())
+    table = {key.split(' 40 2 ')[0]: d for key, d in json.loads(file.read_text()).items()}
     assert 'about' in text and len(table) == 1 + 2 + 3 * 3 * 2
     assert all(len(seeds) == 2 and len(seeds[0]) == 3 for seeds in table.values())
     assert {'form1 ddim quadratic, 3 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
+    assert all(name in text for name in table)
     assert np.mean(table['floor: training images']) < np.mean(table['form1 drafts'])
-    before = (trained / 'evaluate.json').read_bytes()
-    assert run(*command) == 0 and capsys.readouterr().out.startswith('0 of 20 cells')
-    assert (trained / 'evaluate.json').read_bytes() == before
+    before = file.read_bytes()
+    assert run(*command) == 0 and capsys.readouterr().out.startswith('0 of 21 cells')
+    assert file.read_bytes() == before
     for bad in (['--num', 9000], ['--calls', '0,5'], ['--calls', 1001], ['--seeds', 1],
                 ['--calls', ','], ['--calls', 60, '--start', 50], ['--bits', '--gmm', 2]):
         assert run(*command, *bad) == 2 and bad[0] in capsys.readouterr().err
@@ -2233,7 +2238,67 @@ def test_general_y(tmp_path, capsys):
     assert run(*command) == 2 and 'grey' in capsys.readouterr().err
 
 
-# 10. COMMAND LINE ---------------------------------------------------------------------------------
+# 10. COMMAND LINE, AND EXERCISES ------------------------------------------------------------------
+
+
+def test_exercise_lists_blanks_some_and_overwrites_nothing(tmp_path, capsys):
+    assert run('exercise', '--list') == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15 and lines[2].split() == ['3', 'negative_elbo', '2', 'points']
+    path = tmp_path / 'student.py'
+    assert run('exercise', '-o', path, '--only', '4,15') == 0
+    text = path.read_text()
+    assert text.count('raise NotImplementedError(') == GRADED.read_text().count(
+        'raise NotImplementedError(') + 2
+    module = load_module(path, 'student')
+    with pytest.raises(NotImplementedError, match='Exercise 4: linear_schedule'):
+        module.linear_schedule()
+    assert run('exercise', '-o', path) == 2 and 'exists' in capsys.readouterr().err
+    assert run('exercise', '-o', tmp_path / 'b', '--only', '16') == 2
+    assert '--only' in capsys.readouterr().err and path.read_text() == text
+
+
+def test_training_a_blanked_file_names_the_exercise_it_needs(tmp_path, capsys):
+    blank = student_copy(tmp_path / 'blank.py', '--only', '2,13')
+    for number, name in ((2, 'kl_divergence'), (13, 'ema_update')):
+        command = ['train', '--stage', '1', '--steps', '2', '--out', str(tmp_path / name)]
+        capsys.readouterr()
+        assert blank.main(command + [str(arg) for arg in NARROW]) == 2
+        message = capsys.readouterr().err
+        assert message == f'error: Exercise {number}: {name}\n'
+        blank.kl_divergence = Own.kl_divergence
+
+
+def test_pytest_grades_a_student_who_solved_some(tmp_path):
+    """The real thing, as a process: a partly solved file, its summary, its skipped plumbing."""
+    for name in FAILED:
+        pytest.skip(f'needs exercise {EXERCISES[name].number}, {name}')
+    student_copy(tmp_path / 'student.py', '--only', '6,7,8,9,10,11,12,13,14,15')
+    text = (tmp_path / 'student.py').read_text()
+    (tmp_path / 'student.py').write_text(text.replace('exp(logvar / 2)', 'exp(logvar)'))
+    chosen = 'Test or change_of_variables or maps_images or training_writes or as_processes'
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', '-k',
+               ' or '.join([cls.__name__ for cls in EXERCISES.values()] + chosen.split(' or ')[1:]),
+               str(Path(__file__).resolve())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100,
+                          env=os.environ | dict(DIFFUSEVAE='student.py'))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert 'student.py: 6 of 27 points' in done.stdout
+    assert 'exercise  1 reparameterize   0 of 1  does not hold: mu = 1, sigma^2 = 4' in done.stdout
+    assert 'exercise  2 kl_divergence    2 of 2\n' in done.stdout
+    assert 'Exercise 7: q_posterior' in done.stdout
+    assert '4 skipped' in done.stdout and 'error' not in done.stdout.splitlines()[-1]
+
+
+def test_public_parts_work_on_their_own_as_in_the_readme():
+    """The README's lines for a notebook run as they stand."""
+    text = (HERE / 'README.md').read_text() if (HERE / 'README.md').exists() else ''
+    if not text:
+        pytest.skip('no README beside this file')
+    code = re.search(r'```python\n(.*?)```', text, re.S)[1]
+    scope = {}
+    exec(code, scope)
+    assert scope['x_0'].shape == (4, 3, 32, 32) and scope['loss'].isfinite()
 
 
 BAD = [
@@ -2249,7 +2314,8 @@ BAD = [
     (['train', '--stage', 1, '--alpha', 'nan'], '--alpha'),
     (['train', '--stage', 1, '--device', 'cuda:7'], '--device'),
     (['train', '--stage', 1, '--device', 'toaster'], '--device'),
-    (['train', '--stage', 1, '--encoder', '32y3'], '32y3'),
+    (['train', '--stage', 1, '--encoder', '32y3'], '--encoder'),
+    (['train', '--stage', 1, '--encoder', '32:1,7:1,1:1'], 'no network'),
     (['train', '--stage', 1, '--width', '32:4,8'], '--width'),
     (['train', '--stage', 1, '--size', 40], '--size'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
@@ -2311,9 +2377,9 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
         assert 'stage2-form1.pt' in fails('train', '--stage', 2, '--out', tmp_path / 'copy')
         assert path.read_bytes() == damaged
     path.write_bytes((trained / 'stage1.pt').read_bytes())
-    assert 'stage 1' in fails('sample', '--out', tmp_path / 'copy')
+    assert 'not a stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
     path.write_bytes((trained / 'stage2-form2.pt').read_bytes())
-    assert 'form 2' in fails('sample', '--out', tmp_path / 'copy')
+    assert 'not a stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
     (tmp_path / 'file').write_text('a file, not a folder')
     assert 'file' in fails('train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *NARROW)
     assert '--steps' in fails('sample', '--out', trained, '--steps', 1001)
@@ -2328,6 +2394,8 @@ def test_commands_as_processes(tmp_path):
         command = [sys.executable, dv.__file__, *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
 
+    for name in FAILED:  # a process runs the file as it is
+        pytest.skip(f'needs exercise {EXERCISES[name].number}, {name}')
     first = start('train', '--stage', 1, '--steps', 10, *NARROW)
     assert first.returncode == 0, first.stderr
     assert 'squared_error' in first.stdout and 'min left' in first.stdout
@@ -2338,7 +2406,8 @@ def test_commands_as_processes(tmp_path):
 
 
 def test_help_names_every_option(capsys):
-    for command, settings in (('train', dv.Config), ('sample', dv.Sampling)):
+    for command, settings in (('train', dv.Config), ('sample', dv.Sampling),
+                              ('exercise', dv.Handout)):
         with pytest.raises(SystemExit):
             run(command, '--help')
         text = capsys.readouterr().out
@@ -2347,7 +2416,5 @@ def test_help_names_every_option(capsys):
 
 
 def test_ci_runs_the_readme_command():
-    here = Path(dv.__file__).resolve().parent
-    if (here / 'README.md').exists():  # absent where a student's copy is tested
-        lines = (here / '.ci/run').read_text().splitlines()
-        assert lines[-1] in (here / 'README.md').read_text().splitlines()
+    lines = (HERE / '.ci/run').read_text().splitlines()
+    assert lines[-1] in (HERE / 'README.md').read_text().splitlines()
