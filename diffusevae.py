@@ -106,7 +106,7 @@ def load_images(data, root='data', size=32, train=True):
         paths = sorted((p for p in Path(data).rglob('*') if p.suffix.lower() in kinds), key=digest)
         split = max(1, sum(digest(path)[0] < 0.05 * 256 for path in paths))
         if len(paths) <= split:
-            raise UserError(f'--data {data}: neither {", ".join(NAMED)}, nor a folder of images')
+            raise UserError(f'--data {data}: not shapes, {", ".join(NAMED)} or a folder of images')
         return Images(paths[split:] if train else paths[:split], size=size)
     dataset = NAMED[data]
     folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
@@ -218,9 +218,9 @@ class VAE(nn.Module):
 #    Formulation 2:  q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
 #    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
 #    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
-#    baseline y_t := x_t.) So this section knows only y, and section 5 what the network is shown.
-#    All formulas are in alpha_bar, at time t, and alpha_bar_next, at the next smaller time of a
-#    sampler's grid (1 after its last step). In code t = 0 ... T - 1 is the paper's 1 ... T.
+#    baseline y_t := x_t.) So this section knows only y_t, and section 5 what the network is shown.
+#    alpha_bar is of time t, alpha_bar_next of the next smaller time on a grid (1 after the last
+#    step); in a step x_0 is the network's estimate. In code t = 0 ... T - 1 is the paper's 1 ... T.
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
     # In float64: 1 - alpha_bar_1 = 10^-4 keeps three digits only in float32; enough for training.
@@ -277,11 +277,11 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     # the first step has one. After the last, lambda is infinite and y_next = x_0.
     if alpha_bar_next == 1:
         return x_0
-    log_snr = lambda a: 0.5 * math.log(a / (1 - a))
-    h = log_snr(alpha_bar_next) - log_snr(alpha_bar)
+    lam = lambda a: 0.5 * math.log(a / (1 - a))
+    h = lam(alpha_bar_next) - lam(alpha_bar)
     if previous:
         x_0_before, alpha_bar_before = previous
-        x_0 = x_0 + (x_0 - x_0_before) * h / (2 * (log_snr(alpha_bar) - log_snr(alpha_bar_before)))
+        x_0 = x_0 + (x_0 - x_0_before) * h / (2 * (lam(alpha_bar) - lam(alpha_bar_before)))
     shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
     return shrink * y_t - alpha_bar_next**0.5 * math.expm1(-h) * x_0
 
@@ -410,7 +410,7 @@ class UNet(nn.Module):
             c = width
         self.middle = nn.ModuleList([block(c, c), Attention(c, heads, groups), block(c, c)])
         for i, width in reversed([*enumerate(m * channels for m in multipliers)]):
-            inputs = [h + skips.pop() for h in [c] + [width] * blocks]
+            inputs = [c_h + skips.pop() for c_h in [c] + [width] * blocks]
             level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
             if i > 0:
                 level[-1] += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
@@ -466,8 +466,8 @@ class DiffuseVAE(nn.Module):
         return self.unet(network_input(y_t, x_hat, self.form), t, z)
     def noise(self, n, generator):
         """What a training step on n images draws: eps_z, t, eps, and who keeps the draft."""
-        # t is uniform for every image, but spread evenly over the batch (one draw in each n-th of
-        # 0 ... T - 1): the loss falls 500-fold from t = 0 to T - 1, noise the gradient is spared.
+        # One t in each n-th of 0 ... T - 1, uniform for an image since their order is random: the
+        # loss falls 500-fold from t = 0 to T - 1, and batches of unlike t would differ by that.
         T = len(self.diffusion.schedule)
         t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
         return (torch.randn(n, self.z_dim, generator=generator), t.long().clamp(max=T - 1),
@@ -554,7 +554,7 @@ class Config:
     flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
     encoder: pairs = option(None, 'VAE: blocks by resolution, 32:0,8:1,...,1:1', kind='passed')
     decoder: pairs = option(None, 'VAE: the same back up, 1:1,...,32:0', kind='passed')
-    width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:32', kind='passed')
+    width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:16', kind='passed')
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
     timesteps: int = option(1000, 'diffusion: T', 100, 10_000)
@@ -716,17 +716,17 @@ def command_train(given):
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     torch.manual_seed(config.seed)  # the initial weights
     model = build(config).to(device, memory_format=torch.channels_last)
-    if stage == 1 and config.preset == 'small':  # as He et al.: by default branches start so small
+    if stage == 1 and config.preset == 'small':  # by default a branch starts at 1% of its input
         for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
-            nn.init.kaiming_normal_(conv.weight)  # that the VAE learns positions late, NOTES 4
-    if stage == 1 and config.data in GREY:  # mostly black: start at the mean, for from 0.5 the
-        mean = images.batch(range(min(1000, len(images)))).mean()  # sigmoid is driven so far down
-        nn.init.constant_(model.head.bias, torch.logit(mean))  # that its gradient vanishes
+            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
+    if stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die, NOTES 4
+        mean = images.batch(range(min(1000, len(images)))).mean()
+        nn.init.constant_(model.head.bias, torch.logit(mean))
     if parent and form != 'uncond':
         model.vae.load_state_dict(parent['model'] | parent['ema'])
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    ema = {name: p for name, p in averaged.state_dict().items() if name in trained}
+    ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
     if saved:
         model.load_state_dict(saved['model'])
@@ -920,7 +920,7 @@ def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
     for _ in range(10):  # k-means: every z to its nearest mean, every mean to its z's
         r = F.one_hot(torch.cdist(z, means).argmin(1), K).to(z)  # [N, K]
         means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
-    r, likelihoods = 0.99 * r + 0.01 / K, []
+    r, likelihoods = 0.99 * r + 0.01 / K, []  # no component is empty
     for _ in range(iterations):
         mixture, r, log_p = em_step(z, r, ridge)
         likelihoods.append(log_p.item())
@@ -1035,7 +1035,7 @@ def command_evaluate(options):
     cells = json.loads(store.read_text()) if store.exists() else {}
     key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
     todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
-    sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)
+    sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)  # for its time
     seconds = (time.monotonic() - start) / 2 / CHUNK * num * sum(todo) + 3 * len(todo)
     print(f'{len(todo)} of {len(jobs)} cells left, about {options.seeds * seconds / 60:.0f} min\n'
           f'Distance to {num} held-out images (not FID) +- standard error (by level)', flush=True)
@@ -1053,11 +1053,11 @@ def print_bits(models, x, options):
     if options.gmm or options.guidance or options.start or options.temperature != 1:
         raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
     for model, config, path in models:
-        nats = to_uint8(x[:1], config.data).numel() * math.log(2)  # padding is no dimension
+        nats_per_bit = to_uint8(x[:1], config.data).numel() * math.log(2)  # without the padding
         for sigma in ('small', 'large'):
             g = generator(options.seed, 'bits')
             parts = [bound(model, part.to(model.device), g, sigma) for part in x.split(CHUNK)]
-            bits = {name: torch.cat([part[name] for part in parts]) / nats for name in parts[0]}
+            bits = {name: torch.cat([p[name] for p in parts]) / nats_per_bit for name in parts[0]}
             total = sum(bits.values())
             terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
             print(f'{FORMS[config.form]:7} {sigma:5}: at most {total.mean():.3f} '
