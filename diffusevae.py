@@ -219,11 +219,11 @@ class VAE(nn.Module):
 #    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
 #    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
 #    baseline y_t := x_t.) So this section knows only y_t, and section 5 what the network is shown.
-#    alpha_bar is of time t, alpha_bar_next of the next smaller time on a grid (1 after the last
-#    step); in a step x_0 is the network's estimate. In code t = 0 ... T - 1 is the paper's 1 ... T.
+#    alpha_bar is of time t, alpha_bar_next of a grid's next smaller time (1 after the last step):
+#    numbers or [B, 1, 1, 1]. In a step x_0 is an estimate. In code t = 0 ... T - 1 is 1 ... T.
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
-    # In float64: 1 - alpha_bar_1 = 10^-4 keeps three digits only in float32; enough for training.
+    # In float32 1 - alpha_bar_1 = 10^-4 has three digits: enough to train, not for the samplers.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 def q_sample(y_0, alpha_bar, eps):
@@ -261,7 +261,7 @@ def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='large'):
     return mean if alpha_bar_next == 1 else mean + variance**0.5 * noise
 
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
-    """DDIM step: deterministic for eta = 0, the ancestral step with "small" sigma for eta = 1."""
+    """DDIM step; sigma is eta times `q_posterior`'s: 0 deterministic, 1 ancestral ("small")."""
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
     # has the marginal q(y_next|x_0) whatever sigma is. eps is what y_t and the clipped x_0 imply,
     # not the network's own: with that, y_next would not be a noisy version of this x_0.
@@ -333,7 +333,7 @@ class Diffusion(nn.Module):
 #    concatenated on the way up; attention in the middle and where asked for; t in every block.
 #    The last layer of each branch, and of the network, starts at zero: the first output is 0.
 def time_embedding(t, width):
-    """Sinusoids of t: [B] -> [B, width], cosines first."""
+    """Sinusoids of t: [B] -> float32 [B, width] on t's device, cosines first."""
     # cos(w_i t), sin(w_i t) with w_i = exp(-ln(10^4) i / (width/2)), i = 0 ... width/2 - 1
     i = torch.arange(width // 2, device=t.device)
     angle = t[:, None] * torch.exp(-math.log(1e4) / (width // 2) * i)  # [B, width/2]
@@ -440,7 +440,7 @@ class UNet(nn.Module):
 def network_input(y_t, x_hat, form):
     """What eps_theta is shown of y_t and the draft, both [B, C, H, W]: [B, 2C, H, W]."""
     # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
-    # Formulation 1 and x_t = y_t + x_hat in Formulation 2.
+    # Formulation 1 (form == '1') and x_t = y_t + x_hat in Formulation 2 (form == '2').
     x_t = y_t if form == '1' else y_t + x_hat
     return torch.cat([x_t, x_hat], dim=1)
 
@@ -679,8 +679,8 @@ def load_checkpoint(out, stage, form):
 
 def ema_update(averages, parameters, step, decay):
     """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
-    # average <- d average + (1 - d) parameter. d rises to `decay`: with 0.9999 from the start, 37%
-    # of the random initialisation would still be in the average after 10,000 steps.
+    # average <- d average + (1 - d) parameter, d = min(decay, (1 + step) / (10 + step)), for with
+    # 0.9999 throughout, 37% of the random initialisation would remain after 10,000 steps.
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(averages, parameters):
         average.lerp_(parameter.detach(), 1 - d)
@@ -745,7 +745,7 @@ def command_train(given):
         losses[0].backward()
         nn.utils.clip_grad_norm_(trained.values(), config.clip)
         optimizer.step()
-        ema_update(ema.values(), trained.values(), step, config.ema)
+        ema_update([*ema.values()], [*trained.values()], step, config.ema)
         sums, count, done = sums + torch.stack(losses).detach(), count + 1, step + 1
         if done % 10 and done < config.steps:
             continue
@@ -995,7 +995,7 @@ def bound(model, x, generator, sigma='small', strata=20):
 def slerp(a, b, w):
     """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
     # sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b.
-    # The mean of two Gaussian noises has half their variance: no noise that the network knows.
+    # Clamp the cosine: finite at theta = 0. The mean of two noises has only half their variance.
     theta = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
 

@@ -47,11 +47,6 @@ def load_module(path, name='diffusevae'):
     return module
 
 
-try:
-    dv = load_module(GRADED)
-except Exception as error:
-    pytest.exit(f'{GRADED} cannot be imported: {error!r}', returncode=2)
-
 torch.set_num_threads(1)
 T = 1000
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
@@ -71,7 +66,7 @@ def tensor(*values):
 # ==================================================================================================
 EXERCISES = {}  # name: its class of tests, in the order of diffusevae.py
 FAILED = {}     # name: what does not hold, of the exercises of the graded file
-TIME_LIMIT = 60  # seconds a test; an exercise's own take well under one
+TIME_LIMIT = 60  # seconds a test; a quarter of it for an exercise's own, which take under one
 
 
 def exercise(name, points):
@@ -137,10 +132,10 @@ class Own:
 
     def time_embedding(t, width):
         rows, half = [], width // 2
-        for value in t.tolist():
+        for value in [] if t.is_meta else t.tolist():
             angles = [value * 10_000 ** (-i / half) for i in range(half)]
             rows.append([math.cos(a) for a in angles] + [math.sin(a) for a in angles])
-        return torch.tensor(rows)
+        return torch.tensor(rows) if rows else torch.empty(len(t), width, device=t.device)
 
     def network_input(y_t, x_hat, form):
         x_t = {'1': y_t, '2': x_hat + y_t}[form]
@@ -220,6 +215,13 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
+try:
+    with time_limit(TIME_LIMIT):
+        dv = load_module(GRADED)
+except (Exception, SystemExit, TimeLimit) as error:
+    pytest.exit(f'{GRADED} cannot be imported: {error!r}', returncode=2)
+
+
 def property_of(test):
     """The first sentence of a test's docstring: what it says of a correct solution."""
     return ' '.join(inspect.getdoc(test).split('\n\n')[0].split())
@@ -228,7 +230,7 @@ def property_of(test):
 def grade(name, solution, seconds=TIME_LIMIT):
     """The properties of an exercise that a solution violates: its own tests, here and now."""
     violated = []
-    for test in [t for t in vars(EXERCISES[name]).values() if inspect.isfunction(t)]:
+    for test in tests_of(name):
         try:
             with replaced(others(name) | {name: solution}), time_limit(seconds):
                 test(EXERCISES[name]())
@@ -255,7 +257,8 @@ def pytest_runtest_setup(item):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     name = getattr(item.cls, 'exercise', None)
-    with replaced(others(name) if name else unsolved()), time_limit(TIME_LIMIT):
+    seconds = TIME_LIMIT / 4 if name else TIME_LIMIT
+    with replaced(others(name) if name else unsolved()), time_limit(seconds):
         return (yield)
 
 
@@ -268,17 +271,24 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
+def tests_of(name):
+    return [test for test in vars(EXERCISES[name]).values() if inspect.isfunction(test)]
+
+
 def pytest_terminal_summary(terminalreporter):
-    """A line an exercise, and the points."""
+    """A line an exercise, and the points: for those whose every test ran and passed."""
     write, earned = terminalreporter.write_line, 0
-    if not any('::Test' in report.nodeid for report in terminalreporter.stats.get('passed', []) +
-               terminalreporter.stats.get('failed', [])):
+    passed = [report.nodeid for report in terminalreporter.stats.get('passed', [])]
+    if not FAILED and not any('::Test' in nodeid for nodeid in passed):
         return
     for name, cls in EXERCISES.items():
-        points = 0 if name in FAILED else cls.points
+        done = sum(f'::{cls.__name__}::' in nodeid for nodeid in passed)
+        points = cls.points if done == len(tests_of(name)) else 0
         earned += points
-        sentence = f'  does not hold: {FAILED[name][0]}' if name in FAILED else ''
-        write(f'exercise {cls.number:2} {name:16} {points} of {cls.points}{sentence}')
+        why = '' if points else '  not all of its tests were run'
+        if name in FAILED:
+            why = f'  does not hold: {FAILED[name][0]}'
+        write(f'exercise {cls.number:2} {name:16} {points} of {cls.points}{why}')
     write(f'{GRADED.name}: {earned} of {sum(cls.points for cls in EXERCISES.values())} points')
 
 
@@ -296,9 +306,9 @@ class TestReparameterize:
     def test_moments(self):
         """z has mean mu and variance exp(logvar) if eps has mean 0 and variance 1."""
         mu, logvar = tensor([1, -2]), tensor([0.5, -1])
-        z = dv.reparameterize(mu, logvar, randn(400_000, 2))
-        assert torch.allclose(z.mean(0), mu[0], atol=0.01)
-        assert torch.allclose(z.var(0), logvar[0].exp(), rtol=0.02)
+        z = dv.reparameterize(*[a.expand(4000, 2) for a in (mu, logvar)], randn(4000, 2))
+        assert torch.allclose(z.mean(0), mu[0], atol=0.06)
+        assert torch.allclose(z.var(0), logvar[0].exp(), rtol=0.1)
 
     def test_gradient(self):
         """dz/dmu = 1 and dz/dlogvar = sigma eps / 2: the sample is differentiable in both."""
@@ -311,9 +321,10 @@ class TestReparameterize:
     def test_gradient_of_an_expectation(self):
         """d E[z^2]/dmu = 2 mu and d E[z^2]/dlogvar = sigma^2, known integrals, by sampling."""
         mu, logvar = tensor(0.7).requires_grad_(), tensor(0.4).requires_grad_()
-        dv.reparameterize(mu, logvar, randn(400_000, 1)).square().mean().backward()
-        assert torch.allclose(mu.grad, 2 * mu.detach(), rtol=0.02)
-        assert torch.allclose(logvar.grad, logvar.detach().exp(), rtol=0.02)
+        one = lambda a: a.expand(4000, 1)
+        dv.reparameterize(one(mu), one(logvar), randn(4000, 1)).square().mean().backward()
+        assert torch.allclose(mu.grad, 2 * mu.detach(), rtol=0.1)
+        assert torch.allclose(logvar.grad, logvar.detach().exp(), rtol=0.1)
 
 
 @exercise('kl_divergence', points=2)
@@ -414,7 +425,7 @@ class TestQSample:
         y, g = torch.full((10_000,), y_0, dtype=torch.float64), torch.Generator().manual_seed(0)
         for beta in BETA[:t + 1]:
             y = (1 - beta)**0.5 * y + beta**0.5 * torch.randn(10_000, generator=g)
-        at_once = dv.q_sample(tensor(y_0), ALPHA_BAR[t], randn(50_000))
+        at_once = dv.q_sample(torch.full_like(y, y_0), ALPHA_BAR[t], randn(10_000))
         assert abs(at_once.mean() - y.mean()) < 0.03
         assert abs(at_once.var() / y.var() - 1) < 0.05
 
@@ -445,6 +456,11 @@ class TestPredictX0:
         """y_t = 1, alpha_bar = 0.36, eps = 0.5 give x_0 = (1 - 0.8 * 0.5) / 0.6 = 1."""
         assert torch.allclose(dv.predict_x0(tensor(1.0), 0.36, tensor(0.5)), tensor(1.0))
 
+    def test_each_image_at_its_own_time(self):
+        """alpha_bar may be [B, 1, 1, 1], each image's own."""
+        x_0, eps, a = *randn(2, 3, 3, 3, 3), tensor(0.04, 0.36, 0.64).view(3, 1, 1, 1)
+        assert torch.allclose(dv.predict_x0(Own.q_sample(x_0, a, eps), a, eps), x_0)
+
     def test_error_of_eps(self):
         """At t = T an error of eps is multiplied by 157: x_0 must not be clipped here."""
         y, a = randn(4), ALPHA_BAR[-1].item()
@@ -457,7 +473,7 @@ class TestQPosterior:
     def test_bayes_rule(self):
         """q(y_next|y_t, x_0) is q(y_t|y_next) q(y_next|x_0), normalised: by numerical integration
         over y_next, for neighbours and for coarse grids."""
-        x_0, y_t = tensor(0.3), tensor(-0.9)
+        x_0, y_t = tensor(3.0), tensor(-4.0)  # no clip belongs here
         for t, t_next in ((1, 0), (700, 699), (999, 998), (900, 400), (5, 0)):
             a, b = ALPHA_BAR[t], ALPHA_BAR[t_next]
             mean, variance = dv.q_posterior(x_0, y_t, a, b)
@@ -467,6 +483,15 @@ class TestQPosterior:
                        + Normal(b.sqrt() * x_0, (1 - b).sqrt()).log_prob(y)).softmax(0)
             assert abs((density * y).sum() - mean) < 1e-6
             assert abs((density * (y - mean)**2).sum() / variance - 1) < 1e-6
+
+    def test_each_image_at_its_own_time(self):
+        """alpha_bar and alpha_bar_next may be [B, 1, 1, 1], each image's own."""
+        x_0, y_t = randn(2, 3, 3, 3, 3)
+        a, b = tensor(0.1, 0.3, 0.5), tensor(0.4, 0.9, 0.6)
+        mean, variance = dv.q_posterior(x_0, y_t, a.view(3, 1, 1, 1), b.view(3, 1, 1, 1))
+        for i in range(3):
+            one = Own.q_posterior(x_0[i], y_t[i], a[i].item(), b[i].item())
+            assert torch.allclose(mean[i], one[0]) and torch.allclose(variance[i], tensor(one[1]))
 
     def test_last_step(self):
         """At the end (alpha_bar_next = 1) it is exactly x_0: mean x_0, variance 0."""
@@ -599,6 +624,7 @@ class TestTimeEmbedding:
             e = dv.time_embedding(torch.arange(1000), width)
             assert e.shape == (1000, width) and e.dtype == torch.float32
             assert torch.cdist(e, e).fill_diagonal_(9).min() > 1e-3
+        assert dv.time_embedding(torch.arange(3, device='meta'), 8).device.type == 'meta'
 
     def test_circles(self):
         """Each pair lies on the unit circle and turns by its own constant angle a step."""
@@ -659,9 +685,9 @@ class TestEMAUpdate:
         """All averages change in place, without a gradient; the parameters stay as they are."""
         averages = [torch.zeros(2, 3), torch.zeros(4)]
         parameters = [torch.ones(2, 3, requires_grad=True), torch.ones(4, requires_grad=True)]
-        same = [*averages]
+        views = [a[:] for a in averages]
         dv.ema_update(averages, parameters, 10, 0.9)
-        assert all(a is b for a, b in zip(averages, same))
+        assert all(map(torch.equal, averages, views))
         assert all(torch.allclose(a, torch.tensor(1 - 11 / 20)) for a in averages)
         assert not any(a.requires_grad for a in averages)
         assert all(torch.equal(p, torch.ones_like(p)) for p in parameters)
@@ -812,7 +838,8 @@ WRONG = dict(
         ('variance = (1 - alpha) * (1 - alpha_bar_next)', 'variance = (1 - alpha)'),
         ('variance / (1 - alpha_bar)', '(variance / (1 - alpha_bar))**0.5'),
         ('variance / (1 - alpha_bar)', '1 - alpha'), ('* x_0 +', '* y_t +'),
-        ('(1 - alpha) * x_0', '(1 - alpha)**0.5 * x_0'), ('+ alpha', '- alpha')],
+        ('(1 - alpha) * x_0', '(1 - alpha)**0.5 * x_0'), ('+ alpha', '- alpha'),
+        ('* x_0 +', '* x_0.clamp(-1, 1) +')],
     ddpm_step=[
         (' ** 0.5\n', '\n'), ("sigma == 'large'", "sigma == 'small'"), ("sigma='large'",
          "sigma='small'"), ('(alpha_bar_next < 1) *', ''), ('beta = 1 - alpha_bar / alpha_bar_next',
@@ -855,6 +882,7 @@ WRONG = dict(
         ('d = (1 + step) / (10 + step)', 'd = decay'), ('average.copy_', 'parameter.copy_'),
         ('d * average + (1', 'average + (1'), ('average.copy_(d', 'average = (d'),
         ('zip(averages', 'zip(averages[:1]'), ('d > decay', 'd > 1'),
+        ('average.copy_(', 'average.data = ('),
         ('(1 - d) * parameter', '(1 - decay) * parameter'), ('torch.no_grad()', 'torch.set_grad_en'
          'abled(True)')],
     em_step=[
