@@ -47,7 +47,7 @@ def load_module(path, name='diffusevae'):
     return module
 
 
-torch.set_num_threads(1)
+torch.set_num_threads(2)
 T = 1000
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
@@ -230,7 +230,7 @@ def property_of(test):
 def grade(name, solution, seconds=TIME_LIMIT):
     """The properties of an exercise that a solution violates: its own tests, here and now."""
     violated = []
-    for test in tests_of(name):
+    for test in properties(name):
         try:
             with replaced(others(name) | {name: solution}), time_limit(seconds):
                 test(EXERCISES[name]())
@@ -271,7 +271,7 @@ def pytest_runtest_makereport(item, call):
     return report
 
 
-def tests_of(name):
+def properties(name):
     return [test for test in vars(EXERCISES[name]).values() if inspect.isfunction(test)]
 
 
@@ -283,7 +283,7 @@ def pytest_terminal_summary(terminalreporter):
         return
     for name, cls in EXERCISES.items():
         done = sum(f'::{cls.__name__}::' in nodeid for nodeid in passed)
-        points = cls.points if done == len(tests_of(name)) else 0
+        points = cls.points if done == len(properties(name)) else 0
         earned += points
         why = '' if points else '  not all of its tests were run'
         if name in FAILED:
@@ -333,9 +333,9 @@ class TestKLDivergence:
         """The KL is the mean of log q(z) - log p(z) over z ~ q."""
         mu, logvar = randn(3, 5, seed=1), randn(3, 5, seed=2)
         q, p = Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)
-        z = mu + (logvar / 2).exp() * randn(200_000, 3, 5, seed=3)
+        z = mu + (logvar / 2).exp() * randn(50_000, 3, 5, seed=3)
         estimate = (q.log_prob(z) - p.log_prob(z)).sum(2).mean(0)
-        assert torch.allclose(dv.kl_divergence(mu, logvar), estimate, rtol=0.02)
+        assert torch.allclose(dv.kl_divergence(mu, logvar), estimate, rtol=0.03)
 
     def test_against_torch(self):
         """It agrees with torch.distributions, for as many examples as dimensions, too."""
@@ -1900,8 +1900,8 @@ def test_pixels_are_rounded_not_truncated():
 
 def test_distance_is_small_for_equal_sets_and_grows_with_every_damage():
     """Blur, speckle, hue shift, loss of contrast: each step more is farther; halves are near."""
-    images = dv.load_images('shapes', train=False).batch(range(400))
-    real, ours = images[:200], images[200:]
+    images = dv.load_images('shapes', train=False).batch(range(240))
+    real, ours = images[:120], images[120:]
     distance = lambda x: dv.sliced_wasserstein(x, real).mean().item()
     floor = distance(ours)
     assert dv.sliced_wasserstein(real, real).max() == 0
@@ -2118,17 +2118,17 @@ def test_condition_is_dropped_by_image_at_the_given_rate():
 def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
     """The table has all models and calls; stored cells are not measured again."""
     file = tmp_path / 't.json'
-    command = ['evaluate', '--out', trained, '--num', 40, '--calls', '2,3', '--json', file]
+    command = ['evaluate', '--out', trained, '--num', 30, '--calls', '2', '--json', file]
     assert run(*command) == 0
     text = capsys.readouterr().out
-    table = {key.split(' 40 2 ')[0]: d for key, d in json.loads(file.read_text()).items()}
-    assert 'about' in text and len(table) == 1 + 2 + 3 * 3 * 2
+    table = {key.split(' 30 2 ')[0]: d for key, d in json.loads(file.read_text()).items()}
+    assert 'about' in text and len(table) == 1 + 2 + 3 * 3
     assert all(len(seeds) == 2 and len(seeds[0]) == 3 for seeds in table.values())
-    assert {'form1 ddim quadratic, 3 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
+    assert {'form1 ddim quadratic, 2 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
     assert all(name in text for name in table)
     assert np.mean(table['floor: training images']) < np.mean(table['form1 drafts'])
     before = file.read_bytes()
-    assert run(*command) == 0 and capsys.readouterr().out.startswith('0 of 21 cells')
+    assert run(*command) == 0 and capsys.readouterr().out.startswith('0 of 12 cells')
     assert file.read_bytes() == before
     for bad in (['--num', 9000], ['--calls', '0,5'], ['--calls', 1001], ['--seeds', 1],
                 ['--calls', ','], ['--calls', 60, '--start', 50], ['--bits', '--gmm', 2]):
