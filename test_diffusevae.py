@@ -2010,7 +2010,7 @@ def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(sigma):
     high = decoder.cdf(x_0 + 1 / 255).where(x < 1, 1.0)
     low = decoder.cdf(x_0 - 1 / 255).where(x > 0, 0.0)
     mass = -(high - low).log().flatten()
-    assert torch.allclose(terms['L_T'], start.flatten(), rtol=1e-6)
+    assert torch.allclose(terms['L_T'], start.flatten(), rtol=1e-6, atol=0)
     assert torch.allclose(terms['chain'], chain.flatten(), rtol=1e-5)
     assert torch.allclose(terms['decoder'][2:], mass[2:], rtol=1e-4)
     far = (0.98 - x_0.flatten()[:2] - 1 / 255) / decoder.scale  # log Phi(-far), by its asymptote
@@ -2124,6 +2124,7 @@ def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
     table = {key.split(' 30 2 ')[0]: d for key, d in json.loads(file.read_text()).items()}
     assert 'about' in text and len(table) == 1 + 2 + 3 * 3
     assert all(len(seeds) == 2 and len(seeds[0]) == 3 for seeds in table.values())
+    assert all(a != b for a, b in table.values())  # two seeds, two sets of images
     assert {'form1 ddim quadratic, 2 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
     assert all(name in text for name in table)
     assert np.mean(table['floor: training images']) < np.mean(table['form1 drafts'])
@@ -2348,7 +2349,7 @@ BAD = [
     (['train', '--stage', 1, '--size', 40], '--size'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
     (['train', '--stage', 1, '--unknown', 3], '--unknown'),
-    (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'heads'),
+    (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'into 5 heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1,1'], 'halve'),
     (['train', '--stage', 2, '--form', 'uncond', '--attention', '7'], 'attend'),
     (['train', '--stage', 2, '--form', 'uncond', '--timesteps', '20'], '--timesteps'),
