@@ -15,20 +15,28 @@ are the method: tensors in, tensors out, no files or arguments.
     python diffusevae.py sample               # drafts above refined images, as a PNG
 Measured on 2 AMD EPYC cores: 9 minutes; refined 90% of the real finest detail, drafts 18%: NOTES 5.
 """
-import argparse, ast, copy, hashlib, itertools, json, math, os, re, sys, time
+import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-import torch, torch.nn as nn, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
+# Of several processes, this one is number RANK of WORLD: set by torchrun, else 0 of 1.
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 class UserError(Exception):
-    """What the user can put right: `main` prints it as one line and returns exit code 2."""
+    """What the user can put right: `main` prints it as one line and returns `code`."""
+    code = 2
+
+class Diverged(UserError):
+    """The loss or its gradient is not finite."""
+    code = 1
 
 def generator(*key):
     """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
@@ -131,6 +139,11 @@ def load_images(data, root='data', size=32, train=True):
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
 #    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
 #              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
+def trunk_precision(x, bf16):
+    """Autocast to bfloat16 on x's device if asked; heads and losses stay outside, in float32."""
+    device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
+
 def reparameterize(mu, logvar, eps):
     """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
     # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
@@ -190,9 +203,10 @@ class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = 'loss', 'squared_error', 'kl'
-    def __init__(self, channels, size, encoder, decoder, width, alpha=1.0, signal='image'):
+    def __init__(self, channels, size, encoder, decoder, width, alpha=1.0, signal='image',
+                 bf16=False):
         super().__init__()
-        self.z_dim, self.alpha, self.signal = width[1], alpha, SIGNALS[signal]
+        self.z_dim, self.alpha, self.bf16, self.signal = width[1], alpha, bf16, SIGNALS[signal]
         self.stem = nn.Conv2d(channels, width[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, width)
         self.mu = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
@@ -201,11 +215,15 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(width[size], channels, 3, padding=1)
     def encode(self, x):
         """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]. Of x it sees y = signal(x)."""
-        h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
+        with trunk_precision(x, self.bf16):
+            h = self.encoder(self.stem(self.signal(x)))
+        h = h.float()  # [B, z_dim, 1, 1]
         return self.mu(h).flatten(1), self.logvar(h).flatten(1)
     def decode(self, z):
         """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
-        return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
+        with trunk_precision(z, self.bf16):
+            h = self.decoder(rearrange(z, 'b z -> b z 1 1'))
+        return torch.sigmoid(self.head(h.float()))
     def noise(self, n, generator):
         """What a training step on n images draws: eps [n, z_dim]."""
         return (torch.randn(n, self.z_dim, generator=generator),)
@@ -419,8 +437,7 @@ class UNet(nn.Module):
         self.head_norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
     def forward(self, x, t, z=None):
-        device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+        with trunk_precision(x, self.bf16):
             emb = self.time_mlp(time_embedding(t, self.channels))
             if self.z_mlp:
                 emb = emb + self.z_mlp(z)
@@ -562,11 +579,11 @@ class Config:
     multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
     attention: ints = option((), 'U-Net: resolutions with attention, beside the middle')
-    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
+    heads: int = option(1, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
     cond_drop: float = option(0.0, 'share of images trained without draft, for guidance', 0, 0.99)
-    precision: str = option(None, 'U-Net; default: fast', choices=('float32', 'bfloat16'))
+    precision: str = option(None, 'of trunks; default: fast', choices=('float32', 'bfloat16'))
     steps: int = option(2000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(32, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
@@ -626,14 +643,15 @@ def resolve(given, before, path):
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
     c, C, form = config, 1 if config.data in GREY else 3, config.form
+    bf16 = c.precision == 'bfloat16'
     try:
         model = vae = None if form == 'uncond' else VAE(
-            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal)
+            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal, bf16)
         shape = C, c.size, c.size
         if c.stage == 2:
             unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
                         c.attention, c.heads, c.dropout, vae.z_dim if vae and c.z_cond else 0,
-                        c.precision == 'bfloat16')
+                        bf16)
             model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), form, shape, c.cond_drop)
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
@@ -646,11 +664,13 @@ def build(config):
 
 def choose_device(name):
     """The device of that name, by default CUDA if there is one, and the fast precision on it."""
+    cuda = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
     try:
-        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        device = torch.device(name or cuda)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: not on this machine; cpu always is') from error
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # avx512_bf16 does not suffice: 1.4 times as fast as float32 on an AMD EPYC, 0.67 on a Xeon.
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
     fast = cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
@@ -658,24 +678,44 @@ def choose_device(name):
     return device, 'bfloat16' if fast else 'float32'
 
 def write_atomically(path, write):
-    """write(beside), then rename: `path` is the old file or the new one, never a part."""
-    beside = path.with_name(path.name + '.part')
+    """write(buffer), then rename: `path` is the old file or the whole new one, never a part."""
+    buffer, beside = io.BytesIO(), path.with_name(f'{path.name}.part{RANK}')
+    write(buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write(beside)
-    os.replace(beside, path)
+    try:
+        with beside.open('wb') as file:
+            file.write(buffer.getbuffer())
+            if path.suffix == '.pt':  # on the disk, not only in memory, before the old one goes
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f'{path} was not written, and is as before: {error.strerror}') from error
+    finally:
+        beside.unlink(missing_ok=True)
+    if path.suffix == '.pt' and os.name == 'posix':  # and the new name, too
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
+def read(path, parse, what):
+    """parse(path), None if there is no such file, or a UserError if it is not `what`."""
+    try:
+        return parse(path) if path.exists() else None
+    except Exception as error:  # on a damaged file parsers raise nearly anything
+        raise UserError(f'{path}: damaged, or not {what}; move it away') from error
+
+PROGRESS = 'step', 'rows', 'window'  # of a run: steps done, table, figures for its next row
 def load_checkpoint(out, stage, form):
     """The path of a checkpoint and its content on the CPU, None if there is no such file."""
-    path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
-    if not path.exists():
-        return path, None
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        if (saved['config']['stage'], saved['config']['form']) != (stage, form):
+    def parse(path):
+        saved = torch.load(path, map_location='cpu', weights_only=True)  # data only, never code
+        config = Config(**saved['config'])
+        if (config.stage, config.form) != (stage, form) or not {*PROGRESS, 'ema'} <= {*saved}:
             raise ValueError(path)
-    except Exception as error:  # on a damaged file torch.load raises nearly anything
-        raise UserError(f'{path}: damaged, or not a stage {stage} form {form}') from error
-    return path, saved
+        return saved
+    path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
+    return path, read(path, parse, f'a stage {stage} form {form}')
 
 def ema_update(averages, parameters, step, decay):
     """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
@@ -688,9 +728,45 @@ def ema_update(averages, parameters, step, decay):
 def report(text, end=False, last=[0.0]):
     """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
     tty = sys.stdout.isatty()
-    if tty or end or time.monotonic() - last[0] > 10:
+    if RANK == 0 and (tty or end or time.monotonic() - last[0] > 10):
         print(f'\r{text}\x1b[K' if tty else text, end='' if tty and not end else '\n', flush=True)
         last[0] = time.monotonic()
+
+def initialise(config, parent, images):
+    """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
+    torch.manual_seed(config.seed)
+    model = build(config)
+    if config.stage == 1 and config.preset == 'small':  # by default a branch has 1% of its input
+        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
+            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
+    if config.stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die
+        mean = images.batch(range(min(1000, len(images)))).mean()
+        nn.init.constant_(model.head.bias, torch.logit(mean))
+    if parent and model.vae:
+        model.vae.load_state_dict(parent['model'] | parent['ema'])
+    return model
+
+def training_inputs(model, images, config, step, device):
+    """(x, *noise) of a step: this process's share of what is a function of (seed, step) alone."""
+    g, mine = generator(config.seed, 'step', step), slice(RANK, None, WORLD)
+    torch.manual_seed(generator(config.seed, 'dropout', step, RANK).initial_seed())  # torch's own
+    indices = torch.randint(len(images), (config.batch,), generator=g)
+    mirrored = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5 * config.flip
+    x = images.batch(indices[mine])
+    x = torch.where(mirrored[mine], x.flip(3), x)
+    inputs = x, *(noise[mine] for noise in model.noise(config.batch, g))
+    if device.type == 'cuda':
+        inputs = [tensor.pin_memory() for tensor in inputs]
+    return [tensor.to(device, non_blocking=True) for tensor in inputs]
+
+def training_step(model, optimizer, inputs, clip):
+    """One step of Adam; the losses and the norm of the gradient: [len(metrics) + 1]."""
+    losses = model(*inputs)
+    optimizer.zero_grad()
+    losses[0].backward()
+    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], clip)
+    optimizer.step()
+    return torch.stack([*losses, norm]).detach()
 
 def command_train(given):
     """train a stage: start, resume or extend it; defaults hold where the preset says nothing"""
@@ -706,71 +782,92 @@ def command_train(given):
         raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
     config = resolve(given, (saved or parent or {}).get('config', {}), source)
     config.precision = config.precision or precision
-    done, rows = (saved['step'], saved['rows']) if saved else (0, [])
+    if config.batch % WORLD:
+        raise UserError(f'--batch {config.batch}: {WORLD} processes cannot share it evenly')
+    done = saved['step'] if saved else 0
     if config.steps <= done:
-        return print(f'{path} is complete: {done} steps; a larger --steps extends it')
-    out.mkdir(parents=True, exist_ok=True)
-    print(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}')
+        return report(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
+    report(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}'
+           + f', {WORLD} processes' * (WORLD > 1), end=True)
+    return train(config, path, device, saved, parent)
+
+def train(config, path, device, saved, parent):
+    """The loop of both stages, from the checkpoint at `path` or step 0; returns the exit code."""
     images = load_images(config.data, config.root, config.size)
     held_out = load_images(config.data, config.root, config.size, train=False)
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
-    torch.manual_seed(config.seed)  # the initial weights
-    model = build(config).to(device, memory_format=torch.channels_last)
-    if stage == 1 and config.preset == 'small':  # by default a branch starts at 1% of its input
-        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
-            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
-    if stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die, NOTES 4
-        mean = images.batch(range(min(1000, len(images)))).mean()
-        nn.init.constant_(model.head.bias, torch.logit(mean))
-    if parent and form != 'uncond':
-        model.vae.load_state_dict(parent['model'] | parent['ema'])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = initialise(config, parent, images)
+    model.to(device, memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
-    if saved:
+    done, rows, window = [saved[name] for name in PROGRESS] if saved else (0, [], [])
+    window = [torch.tensor(values, device=device) for values in window]
+    def restore(path):
         model.load_state_dict(saved['model'])
         averaged.load_state_dict(saved['model'] | saved['ema'])
         optimizer.load_state_dict(saved['optimizer'])
-    sums, count, first = 0, 0, done
-    start = row_time = save_time = time.monotonic()
+    if saved:
+        read(path, restore, 'of these settings')
+    def save():
+        pictures = sample_chunk(averaged, Sampling(), 0, 16) if stage == 2 else {
+            config.signal: averaged.signal(shown),
+            'draft': averaged.decode(averaged.encode(shown)[0])}
+        write_grid(path.with_suffix('.png'), pictures.items(), config.data)
+        table = [['step', *model.metrics, 'grad_norm', 'lr', 'images_per_s'], *rows]
+        write_atomically(path.with_suffix('.csv'), lambda file: file.write(
+            ''.join(','.join(map(str, row)) + '\n' for row in table).encode()))
+        content = dict(config=asdict(config), model=model.state_dict(), ema=ema,
+                       optimizer=optimizer.state_dict(), step=done, rows=rows,
+                       window=[values.tolist() for values in window])
+        write_atomically(path, partial(torch.save, content))  # last: if it is there, all are
+    parallel = model
+    if WORLD > 1:  # every process has all weights; gradients are averaged over processes
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    stop = []  # Ctrl-C, or a cluster's SIGTERM: finish the step, save, leave; a second one kills
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
+    first, kept, start = done, done, time.monotonic()
+    save_time = start
     for step in range(first, config.steps):
-        g = generator(config.seed, 'step', step)
-        torch.manual_seed(generator(config.seed, 'dropout', step).initial_seed())  # torch's own
-        x = images.batch(torch.randint(len(images), (config.batch,), generator=g))
-        x = torch.where(torch.rand(len(x), 1, 1, 1, generator=g) < 0.5 * config.flip, x.flip(3), x)
-        losses = model(*[tensor.to(device) for tensor in (x, *model.noise(len(x), g))])
+        inputs = training_inputs(model, images, config, step, device)
         optimizer.param_groups[0]['lr'] = lr = config.lr * min(1, (step + 1) / config.warmup)
-        optimizer.zero_grad()
-        losses[0].backward()
-        nn.utils.clip_grad_norm_(trained.values(), config.clip)
-        optimizer.step()
+        window.append(training_step(parallel, optimizer, inputs, config.clip))
         ema_update([*ema.values()], [*trained.values()], step, config.ema)
-        sums, count, done = sums + torch.stack(losses).detach(), count + 1, step + 1
-        if done % 10 and done < config.steps:
+        done, now = step + 1, time.monotonic()
+        finished = done == config.steps
+        save_due = finished or stop or now - save_time > config.save_every
+        if done % 10 and not save_due:
             continue
-        means, now = (sums / count).tolist(), time.monotonic()
-        if not math.isfinite(sum(means)):
-            raise UserError(f'loss {means[0]} at step {done}: delete {path}, take a lower --lr')
-        rate, left = count * config.batch / (now - row_time), config.steps - done
-        rows.append([done, *means, lr, round(rate, 1)])
-        sums, count, row_time = 0, 0, now
-        text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
-        report(f'step {done}/{config.steps}  {text}  {rate:.0f} images/s  '
-               f'{(now - start) / (done - first) * left / 60:.1f} min left', end=left == 0)
-        if left == 0 or now - save_time > config.save_every:
-            content = dict(config=asdict(config), step=done, rows=rows, ema=ema,
-                           model=model.state_dict(), optimizer=optimizer.state_dict())
-            write_atomically(path, partial(torch.save, content))
-            table = [['step', *model.metrics, 'lr', 'images_per_s'], *rows]
-            write_atomically(path.with_suffix('.csv'), lambda file: file.write_text(
-                ''.join(','.join(map(str, row)) + '\n' for row in table)))
-            pictures = sample_chunk(averaged, Sampling(), 0, 16) if stage == 2 else {
-                config.signal: averaged.signal(shown),
-                'draft': averaged.decode(averaged.encode(shown)[0])}
-            write_grid(path.with_suffix('.png'), pictures.items(), config.data)
-            save_time = row_time = time.monotonic()
-    print(f'{path} is complete; look at {path.with_suffix(".png")}')
+        values = torch.stack(window)  # [steps, metrics]
+        if not values.isfinite().all():
+            bad = (~values.isfinite().all(dim=1)).nonzero()[0].item()
+            good = f'{path} holds step {kept}' if kept else 'nothing was saved yet'
+            raise Diverged(f'step {done - len(values) + 1 + bad}: loss {values[bad, 0]}, gradient '
+                           f'{values[bad, -1]}; {good}. Take a lower --lr and another --out')
+        if finished or done % 10 == 0:
+            means = values.mean(dim=0)
+            if WORLD > 1:
+                dist.all_reduce(means)
+            means, window = (means / WORLD).tolist(), []
+            rate = (done - first) / (now - start)
+            rows.append([done, *means, lr, round(rate * config.batch, 1)])
+            text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
+            report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
+                   f'{(config.steps - done) / rate / 60:.1f} min left', end=finished)
+        if save_due and RANK == 0:
+            save()
+            kept, save_time = done, time.monotonic()
+        if stop:
+            report(f'interrupted: {path} holds step {done}; the same command goes on', end=True)
+            return 128 + stop[0]
+    report(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
 # ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
 CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
 def load_trained(options, form=None):
@@ -787,7 +884,8 @@ def load_trained(options, form=None):
     if options.guidance and not (config.cond_drop and config.form != 'uncond'):
         raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
     model = build(config).eval().to(device, memory_format=torch.channels_last)
-    model.load_state_dict(saved['model'] | saved['ema'])
+    weights = saved['model'] | saved['ema']
+    read(path, lambda path: model.load_state_dict(weights), 'of these settings')
     return model.requires_grad_(False), config, path
 
 def paint(model, options, z, noise=None, draft=None):
@@ -860,10 +958,12 @@ def command_sample(options):
         return print(f'{grid}: {" above ".join(drawn)}')
     names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
     folder, note = Path(options.png), Path(options.png, 'settings.json')
-    if note.exists() and (before := json.loads(note.read_text())) != settings:
-        raise UserError(f'--png {folder}: was made with {dict(before.items() - settings.items())}')
-    write_atomically(note, lambda file: file.write_text(json.dumps(settings, indent=1)))
-    for first in range(0, num, CHUNK):
+    before = read(note, lambda note: dict(json.loads(note.read_text())), 'the settings of images')
+    if before not in (None, settings):
+        raise UserError(f'--png {folder}: was made with {before}')
+    if RANK == 0:
+        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    for first in range(RANK * CHUNK, num, WORLD * CHUNK):  # processes share the chunks
         end = min(num, first + CHUNK)
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
         if not all(path.exists() for path in paths):
@@ -945,16 +1045,19 @@ def mixture_of(model, config, path, options):
     if not (options.gmm and model.vae):
         return None
     cache, saved_at = path.with_name(f'{path.stem}-gmm{options.gmm}.pt'), path.stat().st_mtime_ns
-    saved = torch.load(cache, weights_only=True) if cache.exists() else {}
-    if saved.get('model') != saved_at:
+    def parse(path):
+        saved = torch.load(path, weights_only=True)
+        return saved['mixture'] if saved['model'] == saved_at else None
+    mixture = read(cache, parse, 'a mixture')
+    if not mixture:
         (mu, logvar), _ = codes(model, config)
         g = generator('gmm')
         z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
         (w, m, S), log_p = fit_mixture(z, options.gmm, g)
         print(f'{cache}: {len(log_p)} EM steps, log p(z) = {log_p[-1]:.2f} nats a code')
-        saved = dict(model=saved_at, mixture=[p.float() for p in (w, m, torch.linalg.cholesky(S))])
-        write_atomically(cache, partial(torch.save, saved))
-    return saved['mixture']
+        mixture = [p.float() for p in (w, m, torch.linalg.cholesky(S))]
+        write_atomically(cache, partial(torch.save, dict(model=saved_at, mixture=mixture)))
+    return mixture
 
 def bound(model, x, generator, sigma='small', strata=20):
     """Upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
@@ -1032,7 +1135,10 @@ def command_evaluate(options):
             images = partial(generated, 'refined', model, mixture, row)
             jobs[f'{form} {sampler} {spacing}, {calls} calls'] = calls, identity(row, path), images
     store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
-    cells = json.loads(store.read_text()) if store.exists() else {}
+    def parse(path):  # cell: distances [seeds, levels]
+        cells = json.loads(path.read_text())
+        return {name: torch.tensor(cell).flatten(1).tolist() for name, cell in cells.items()}
+    cells = read(store, parse, 'a table of evaluate') or {}
     key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
     todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
     sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)  # for its time
@@ -1043,7 +1149,7 @@ def command_evaluate(options):
         if key[name] not in cells:
             cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
                                 for i in range(options.seeds)]
-            write_atomically(store, lambda file: file.write_text(json.dumps(cells)))
+            write_atomically(store, lambda file: file.write(json.dumps(cells).encode()))
         d = torch.tensor(cells[key[name]])  # [seeds, levels]
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
@@ -1131,6 +1237,66 @@ def command_robust(options):
             blocks=draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())).items():
         rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
     write('robust', rows, [f'{s:.2f}' for s in strengths])
+
+def fastest(works, seconds):
+    """Shortest time in seconds of each function, called in turn until the time is up."""
+    best, end = [math.inf] * len(works), time.monotonic() + seconds
+    while math.inf in best or time.monotonic() < end:
+        for i, work in enumerate(works):
+            start = time.monotonic()
+            work().sum().item()  # the number waits for the device
+            best[i] = min(best[i], time.monotonic() - start)
+    return best
+
+def flops(config):
+    """Operations an image takes in a training step, and in a network call (0 in stage 1)."""
+    with FlopCounterMode(display=False) as training:  # on the meta device: nothing is computed
+        model = build(config).to('meta')
+        x, *noise = [tensor.to('meta') for tensor in (
+            torch.zeros(2, 3, config.size, config.size), *model.noise(2, generator()))]
+        model(x, *noise)[0].backward()
+    with FlopCounterMode(display=False) as call:
+        if config.stage == 2:
+            eps_z, t, eps, _ = noise
+            model.eps_theta(eps, t, eps, eps_z)
+    return training.get_total_flops() / 2, call.get_total_flops() / 2
+
+def command_bench(options):
+    """images/s in training and sampling, the share of the device's peak, what full runs cost"""
+    device, fast = choose_device(options.device)
+    configs = {}
+    for preset in PRESETS:
+        first = resolve(dict(stage=1, preset=preset), {}, None)
+        configs[preset] = first, resolve(dict(stage=2), asdict(first), None)
+    for preset, batch in dict(small=32, cifar10=16).items():
+        config, works = replace(configs[preset][1], batch=batch), []
+        for config.precision, layout in (('float32', torch.contiguous_format),
+                                         (fast, torch.channels_last)):
+            model = build(config).to(device, memory_format=layout)
+            pixels = Images(torch.zeros(1, *model.image_shape, dtype=torch.uint8))
+            x, *noise = training_inputs(model, pixels, config, 0, device)
+            frozen = copy.deepcopy(model).eval().requires_grad_(False)
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(parameters, config.lr, fused=True)
+            square = torch.randn(4096, 4096, device=device, dtype=getattr(torch, config.precision))
+            works += [partial(training_step, model, optimizer, [x, *noise], config.clip),
+                      partial(frozen.eps_theta, x, noise[1], x, noise[0]),
+                      partial(torch.mm, square, square)]
+        seconds = fastest(works, options.seconds)
+        for mode, times in (('float32', seconds[:3]), (f'{fast}, channels_last', seconds[3:])):
+            peak = 2 * 4096**3 / times[2]
+            for what, count, duration in zip(('training', 'network call'), flops(config), times):
+                rate = count * batch / duration
+                print(f'{preset:8}{mode:24}{what:13}{batch / duration:8.1f} images/s'
+                      f'{rate / 1e12:7.3f} TFLOP/s, {rate / peak:4.0%} of a 4096^3 product')
+        print(f'{preset:8}times as fast: training {seconds[0] / seconds[3]:.2f}, '
+              f'network call {seconds[1] / seconds[4]:.2f}', flush=True)
+    print(f'Projection, not measured: full runs if {options.tflops:g} TFLOP/s were sustained')
+    for preset, stages in configs.items():
+        for c in stages:
+            total = flops(c)[0] * c.batch * c.steps
+            print(f'{preset:12}stage {c.stage}: {c.steps:9,} steps of {c.batch:3}, '
+                  f'{total:.2e} FLOPs, {total / options.tflops / 3.6e15:.2f} hours')
 # ==== 10. COMMAND LINE, AND EXERCISES =============================================================
 @dataclass
 class Handout:
@@ -1138,6 +1304,13 @@ class Handout:
     out: str = option('student.py', 'file to write')
     only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
     list: bool = option(False, 'print the exercises and their points instead')
+
+@dataclass
+class Bench:
+    """All settings of `bench`."""
+    seconds: float = option(20.0, 'to measure each of the two networks', 0, 1e4)
+    tflops: float = option(50.0, 'sustained TFLOP/s that the projection assumes', 1e-6, 1e9)
+    device: str = option(None, 'as for train')
 EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
                  predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
                  time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
@@ -1159,7 +1332,7 @@ def command_exercise(options):
         if number in (options.only or numbers):  # after the docstring and the comment below it
             body = slice(node.body[1].lineno - 1, node.end_lineno)
             lines[body] = [f"    raise NotImplementedError('Exercise {number}: {name}')"]
-    write_atomically(path, lambda file: file.write_text('\n'.join(lines) + '\n', 'utf-8'))
+    write_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
     print(f'{path}: fill it in, and grade it with DIFFUSEVAE={path} pytest')
 
 def main(argv=None):
@@ -1169,8 +1342,9 @@ def main(argv=None):
     parser = argparse.ArgumentParser('diffusevae.py', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for command in (command_train, command_sample, command_evaluate, command_reconstruct,
-                    command_interpolate, command_edit, command_robust, command_exercise):
-        settings = {command_train: Config, command_exercise: Handout}.get(command, Sampling)
+                    command_interpolate, command_edit, command_robust, command_bench, command_exercise):
+        settings = {command_train: Config, command_exercise: Handout,
+                    command_bench: Bench}.get(command, Sampling)
         name, text = command.__name__[8:], command.__doc__
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
@@ -1190,11 +1364,13 @@ def main(argv=None):
             value, low, high = given.get(f.name), f.metadata['low'], f.metadata['high']
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
-        run(given if settings is Config else settings(**given))
-    except (UserError, OSError, json.JSONDecodeError, NotImplementedError) as error:
+        return run(given if settings is Config else settings(**given)) or 0
+    except (UserError, OSError, NotImplementedError) as error:
         print(f'error: {error}', file=sys.stderr)
-        return 2
-    return 0
+        return getattr(error, 'code', 2)
+    except KeyboardInterrupt:
+        print('interrupted; what is finished is kept', file=sys.stderr)
+        return 130
 
 if __name__ == '__main__':
     sys.exit(main())
