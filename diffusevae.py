@@ -7,9 +7,8 @@ from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' cod
                                                                v  (as extra input channels)
     y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
 
-z, here 16 numbers, can be edited and interpolated, and fixes the layout; the diffusion model (DDPM)
-paints the detail that the draft lacks, and few of its steps are enough for that. Sections 2 to 5
-are the method: tensors in, tensors out, no files or arguments.
+z, here 16 numbers, fixes the layout; the diffusion model (DDPM) paints the detail that the draft
+lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no files.
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2      # the DDPM on its drafts
     python diffusevae.py sample               # drafts above refined images, as a PNG
@@ -24,20 +23,11 @@ import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as 
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
-
-# Of several processes, this one is number RANK of WORLD: set by torchrun, else 0 of 1.
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+RANK, WORLD = (int(os.environ.get(*name)) for name in (('RANK', 0), ('WORLD_SIZE', 1)))  # torchrun
 class UserError(Exception):
-    """What the user can put right: `main` prints it as one line and returns `code`."""
-    code = 2
-
-class Diverged(UserError):
-    """The loss or its gradient is not finite."""
-    code = 1
-
+    """What the user can put right: `main` prints it as one line and returns exit code 2."""
 def generator(*key):
     """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
@@ -59,8 +49,8 @@ def draw_shapes(n, generator, size=32):
     # Distance to the outline, negative inside, of a wide bar, a circle and a tall bar.
     bar = lambda a, b: torch.maximum(x.abs() - a * radius, y.abs() - b * radius)
     circle = (x**2 + y**2).sqrt() - 0.95 * radius
-    distance = torch.stack([bar(1.2, 0.65), circle, bar(0.65, 1.2)])
-    distance = distance[kind.flatten(), torch.arange(n)]
+    shapes = torch.stack([bar(1.2, 0.65), circle, bar(0.65, 1.2)])  # [3, n, size, size]
+    distance = shapes[kind.flatten(), torch.arange(n)]
     inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
     stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
     def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
@@ -70,20 +60,16 @@ def draw_shapes(n, generator, size=32):
     image = inside * shape + (1 - inside) * colour(ground, 0.3, 0.9)
     factors = dict(kind=kind, hue=u[1], ground=u[2], x=u[3], y=u[4], size=u[5])
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
-
 class Images:
-    """uint8 pixels [N, C, H, W], or paths of images to bring to size x size: kept in memory if they
-    fit in 1 GB, else read when asked for. `batch` is float [B, C, H, W] in [0, 1]."""
+    """uint8 pixels [N, C, H, W], or paths of images, read at once if they fit in 1 GB."""
     def __init__(self, pixels, labels={}, size=None, crop=True):
         self.pixels, self.labels, self.size = pixels, labels, size
         self.fit = partial(ImageOps.fit, method=Image.LANCZOS) if crop else Image.Image.resize
         self.unreadable, self.pool = set(), ThreadPoolExecutor()  # PIL decodes in parallel
         if size and 3 * size**2 * len(pixels) <= 1e9:
             self.pixels, self.size = self.read_all(range(len(pixels))), None
-    def __len__(self):
-        return len(self.pixels)
-    def read_all(self, indices):
-        return torch.stack([*self.pool.map(self.read, indices)])
+    __len__ = lambda self: len(self.pixels)
+    read_all = lambda self, indices: torch.stack([*self.pool.map(self.read, indices)])
     def read(self, i):
         """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
         around = (k % len(self) for k in range(int(i), int(i) + len(self)))
@@ -98,8 +84,8 @@ class Images:
                 print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
         raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
     def batch(self, indices):
+        """Images of these numbers: float [B, C, H, W] in [0, 1]."""
         return (self.read_all(indices) if self.size else self.pixels[indices]).float() / 255
-
 GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
 NAMED = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, cifar10=datasets.CIFAR10,
              celeba=datasets.CelebA)  # what reads a named data set below --root
@@ -122,8 +108,8 @@ def load_images(data, root='data', size=32, train=True):
     try:
         found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--data {data}: its original files are not in {root}/{folder}, and the '
-                        f'download failed: {" ".join(str(error).splitlines()[:1])}') from error
+        raise UserError(f'--data {data}: its files are not in {root}/{folder}, and the download '
+                        f'failed: {" ".join(str(error).splitlines()[:1])}') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
         paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
@@ -143,20 +129,17 @@ def trunk_precision(x, bf16):
     """Autocast to bfloat16 on x's device if asked; heads and losses stay outside, in float32."""
     device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
     return torch.autocast(device, torch.bfloat16, enabled=bf16)
-
 def reparameterize(mu, logvar, eps):
     """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
     # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
     # The randomness sits in eps, which has no parameters; so dz/dmu = 1 and dz/dsigma = eps exist,
     # and the expectation over q(z|x) can be differentiated through its samples.
     return mu + torch.exp(logvar / 2) * eps
-
 def kl_divergence(mu, logvar):
     """KL( N(mu, sigma^2) || N(0, I) ) of each example in nats: [B, z_dim] -> [B]."""
     # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
     # E_q[log q - log p] needs only E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1.
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
-
 def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     """Loss of stage 1, mean over the batch: (loss, squared error, KL); x, x_hat [B, C, H, W]."""
     # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) ), both summed over dimensions.
@@ -181,7 +164,6 @@ class VAEBlock(nn.Module):
         for conv in self.convs:
             r = conv(F.gelu(r))
         return h + r
-
 def backbone(blocks, width):
     """Residual blocks at falling or rising resolutions, {32: 7, 16: 4, ...}; width[R]: channels."""
     # Between resolutions, down: one block more, then average pooling; up: nearest upsampling; then
@@ -194,7 +176,6 @@ def backbone(blocks, width):
             modules += [nn.AvgPool2d(r // r_next) if r_next < r else nn.Upsample(
                 scale_factor=r_next // r), nn.Conv2d(width[r], width[r_next], 1, bias=False)]
     return nn.Sequential(*modules)
-
 SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
     image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
     lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=lambda x:
@@ -243,20 +224,17 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
     # In float32 1 - alpha_bar_1 = 10^-4 has three digits: enough to train, not for the samplers.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
-
 def q_sample(y_0, alpha_bar, eps):
     """Noise y_0 [B, C, H, W] to time t at once; alpha_bar is a number or [B, 1, 1, 1]."""
     # q(y_t|y_0) = N(sqrt(alpha_bar) y_0, (1 - alpha_bar) I): the steps y <- sqrt(1 - beta) y
     # + sqrt(beta) noise shrink y_0 by sqrt(alpha_bar) in all, and a sum of Gaussians is Gaussian.
     return alpha_bar**0.5 * y_0 + (1 - alpha_bar) ** 0.5 * eps
-
 def predict_x0(y_t, alpha_bar, eps):
     """The clean image that y_t and its noise imply: `q_sample` solved for y_0 = x_0."""
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
     # It multiplies an error of eps by sqrt(1 - alpha_bar) / sqrt(alpha_bar): 157 at t = T. Hence
     # the clip when sampling, and a last layer in float32.
     return (y_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
-
 def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     """Mean and variance of q(y_next|y_t, x_0), the step back if x_0 were known."""
     # Bayes' rule with the Gaussians q(y_next|x_0) and q(y_t|y_next) = N(sqrt(1-beta) y_next, beta).
@@ -268,7 +246,6 @@ def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     c_0 = alpha_bar_next**0.5 * beta / (1 - alpha_bar)
     c_t = (1 - beta) ** 0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)
     return c_0 * x_0 + c_t * y_t, beta * (1 - alpha_bar_next) / (1 - alpha_bar)
-
 def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='large'):
     """Ancestral step: a draw from the posterior with the predicted x_0; no noise at the end."""
     # sigma^2: "small" is the posterior's variance, exact if x_0 could be one image only;
@@ -277,7 +254,6 @@ def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='large'):
     if sigma == 'large':
         variance = 1 - alpha_bar / alpha_bar_next
     return mean if alpha_bar_next == 1 else mean + variance**0.5 * noise
-
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     """DDIM step; sigma is eta times `q_posterior`'s: 0 deterministic, 1 ancestral ("small")."""
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
@@ -287,12 +263,10 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     sigma = eta * q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)[1] ** 0.5
     direction = (1 - alpha_bar_next - sigma**2) ** 0.5 * eps
     return alpha_bar_next**0.5 * x_0 + direction + sigma * noise
-
 def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     """DPM-Solver++(2M) step (arXiv 2211.01095); previous = (x_0, alpha_bar) one step earlier."""
-    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the deterministic sampler's ODE is solved
-    # exactly but for an integral of x_0 over lambda. Two values of x_0 give it to second order,
-    # the first step has one. After the last, lambda is infinite and y_next = x_0.
+    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the sampler's ODE is solved exactly but for
+    # an integral of x_0: two values give it to second order, the first step has one. Last: x_0.
     if alpha_bar_next == 1:
         return x_0
     lam = lambda a: 0.5 * math.log(a / (1 - a))
@@ -302,7 +276,6 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
         x_0 = x_0 + (x_0 - x_0_before) * h / (2 * (lam(alpha_bar) - lam(alpha_bar_before)))
     shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
     return shrink * y_t - alpha_bar_next**0.5 * math.expm1(-h) * x_0
-
 def time_grid(T, n, spacing='uniform'):
     """n distinct times from high to low, 1 <= n <= T; 'quadratic' ones crowd near 0."""
     if spacing == 'uniform' or n == 1:  # from T - 1 down to T/n - 1
@@ -312,7 +285,6 @@ def time_grid(T, n, spacing='uniform'):
         wanted = round((i / (n - 1)) ** 2 * 0.8 * T)
         grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
     return grid[::-1]
-
 def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels; alpha_bar [T], t [B]."""
     # The chain's KL terms compare Gaussians of one variance: squared errors of eps, weighted by t.
@@ -356,7 +328,6 @@ def time_embedding(t, width):
     i = torch.arange(width // 2, device=t.device)
     angle = t[:, None] * torch.exp(-math.log(1e4) / (width // 2) * i)  # [B, width/2]
     return torch.cat([angle.cos(), angle.sin()], dim=1)
-
 def zero_init(conv):
     """The same convolution with all parameters zero."""
     for parameter in conv.parameters():
@@ -403,10 +374,8 @@ class UNet(nn.Module):
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
         last = len(multipliers) - 1
-        if (size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}
-                or any(m * channels % heads for m in multipliers)):
-            raise ValueError(f'{last + 1} levels cannot halve {size}, attend at {attention}, or '
-                             f'divide {channels} channels times {multipliers} into {heads} heads')
+        if size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}:
+            raise ValueError(f'{last + 1} levels cannot halve {size}, or attend at {attention}')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
@@ -527,7 +496,6 @@ def paper(size, width, encoder, decoder, multipliers, attention, vae, ddpm, **bo
     unet = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention, heads=8)
     return (both | networks | dict(size=size), dict(lr=1e-4, warmup=1) | vae,
             DDPM | unet | dict(dropout=0.1, lr=2e-4, warmup=5000) | ddpm)
-
 PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
     'small': (dict(data='shapes'),
               dict(alpha=0.1, clip=100.0, ema=0.9999, batch=64, steps=1500), DDPM),
@@ -548,16 +516,9 @@ PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
         '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
         (1, 1, 2, 2, 4, 4), (16,), length(500, 30_000, 16),
         length(1000, 30_000, 64) | dict(lr=2e-5), data='celebahq', flip=True)}
-
-def small_networks(size):
-    """The VAE of ours, where no preset says, for images whose size is a multiple of 16."""
-    return dict(width={size: 16, 16: 32, 8: 64, 4: 128, 1: size**2 // 64},
-                encoder={size: 0, 8: 1, 4: 2, 1: 1}, decoder={1: 1, 4: 3, 8: 2, 16: 1, size: 0})
-
 def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
     return field(default=default, metadata=dict(locals()))
-
 @dataclass
 class Config:
     """All settings of a training run, kept in its checkpoint. A type is what parses the text."""
@@ -593,7 +554,6 @@ class Config:
     seed: int = option(0, 'seed of everything random', 0)
     device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
     save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
-
 @dataclass
 class Sampling:
     """All settings of `sample` and the experiments: how images are generated."""
@@ -620,7 +580,6 @@ class Sampling:
     json: str = option(None, 'file; default OUT/evaluate.json', kind='free', only='evaluate')
     path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
-
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
@@ -633,35 +592,34 @@ def resolve(given, before, path):
     fresh = both | stages[given['stage'] - 1] | {'root': before.get('root', 'data')} | kept
     settings = (before if resume else fresh) | given
     size = settings.setdefault('size', 64 if settings['data'] == 'celeba' else 32)
-    config = Config(**small_networks(size) | settings)
-    config.flip = config.flip and config.data not in GREY
+    networks = dict(  # the VAE of ours, where no preset says, for sizes that are multiples of 16
+        width={size: 16, 16: 32, 8: 64, 4: 128, 1: size**2 // 64},
+        encoder={size: 0, 8: 1, 4: 2, 1: 1}, decoder={1: 1, 4: 3, 8: 2, 16: 1, size: 0})
+    config = Config(**networks | settings)
     if config.signal == 'grey' and config.data in GREY:
         raise UserError(f'--signal grey: the images of --data {config.data} are grey already')
-    return config
+    return replace(config, flip=config.flip and config.data not in GREY)
 # ==== 7. TRAINING: one loop for both stages =======================================================
 #    A stage is a module: noise(n, generator) draws for a step, forward(x, *noise) gives `metrics`.
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    c, C, form = config, 1 if config.data in GREY else 3, config.form
-    bf16 = c.precision == 'bfloat16'
+    c, C, bf16 = config, 1 if config.data in GREY else 3, config.precision == 'bfloat16'
     try:
-        model = vae = None if form == 'uncond' else VAE(
+        model = vae = None if c.form == 'uncond' else VAE(
             C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal, bf16)
         shape = C, c.size, c.size
         if c.stage == 2:
             unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
-                        c.attention, c.heads, c.dropout, vae.z_dim if vae and c.z_cond else 0,
-                        bf16)
-            model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), form, shape, c.cond_drop)
+                        c.attention, c.heads, c.dropout, vae.z_dim * c.z_cond if vae else 0, bf16)
+            model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), c.form, shape, c.cond_drop)
         # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
         copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
-    except NotImplementedError:  # an exercise that is not solved
-        raise
     except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
+        if isinstance(error, NotImplementedError):  # an exercise that is not solved
+            raise
         raise UserError(f'no network for --size {c.size} and these settings: {error!r}') from error
     return model
-
 def choose_device(name):
     """The device of that name, by default CUDA if there is one, and the fast precision on it."""
     cuda = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
@@ -673,50 +631,43 @@ def choose_device(name):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # avx512_bf16 does not suffice: 1.4 times as fast as float32 on an AMD EPYC, 0.67 on a Xeon.
     cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
-    fast = cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
-    fast = fast or device.type == 'cuda' and torch.cuda.is_bf16_supported()
+    fast = (cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
+            or device.type == 'cuda' and torch.cuda.is_bf16_supported())
     return device, 'bfloat16' if fast else 'float32'
-
 def write_atomically(path, write):
     """write(buffer), then rename: `path` is the old file or the whole new one, never a part."""
+    def flush(place):  # to the disk: a checkpoint's bytes, then its new name in the folder
+        if path.suffix == '.pt' and os.name == 'posix':
+            descriptor = os.open(place, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
     buffer, beside = io.BytesIO(), path.with_name(f'{path.name}.part{RANK}')
     write(buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with beside.open('wb') as file:
-            file.write(buffer.getbuffer())
-            if path.suffix == '.pt':  # on the disk, not only in memory, before the old one goes
-                file.flush()
-                os.fsync(file.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(buffer.getbuffer())
+        flush(beside)
         os.replace(beside, path)
+        flush(path.parent)
     except OSError as error:
-        raise UserError(f'{path} was not written, and is as before: {error.strerror}') from error
-    finally:
         beside.unlink(missing_ok=True)
-    if path.suffix == '.pt' and os.name == 'posix':  # and the new name, too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
+        raise UserError(f'{path}: not written, as before; {error.strerror}') from error
 def read(path, parse, what):
     """parse(path), None if there is no such file, or a UserError if it is not `what`."""
     try:
         return parse(path) if path.exists() else None
     except Exception as error:  # on a damaged file parsers raise nearly anything
         raise UserError(f'{path}: damaged, or not {what}; move it away') from error
-
-PROGRESS = 'step', 'rows', 'window'  # of a run: steps done, table, figures for its next row
 def load_checkpoint(out, stage, form):
     """The path of a checkpoint and its content on the CPU, None if there is no such file."""
     def parse(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)  # data only, never code
-        config = Config(**saved['config'])
-        if (config.stage, config.form) != (stage, form) or not {*PROGRESS, 'ema'} <= {*saved}:
+        c, saved['done'] = Config(**saved['config']), (saved['step'], saved['rows'])
+        if (c.stage, c.form) != (stage, form):
             raise ValueError(path)
         return saved
     path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
     return path, read(path, parse, f'a stage {stage} form {form}')
-
 def ema_update(averages, parameters, step, decay):
     """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
     # average <- d average + (1 - d) parameter, d = min(decay, (1 + step) / (10 + step)), for with
@@ -724,28 +675,25 @@ def ema_update(averages, parameters, step, decay):
     d = min(decay, (1 + step) / (10 + step))
     for average, parameter in zip(averages, parameters):
         average.lerp_(parameter.detach(), 1 - d)
-
 def report(text, end=False, last=[0.0]):
     """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
     tty = sys.stdout.isatty()
     if RANK == 0 and (tty or end or time.monotonic() - last[0] > 10):
         print(f'\r{text}\x1b[K' if tty else text, end='' if tty and not end else '\n', flush=True)
         last[0] = time.monotonic()
-
 def initialise(config, parent, images):
     """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
     torch.manual_seed(config.seed)
     model = build(config)
-    if config.stage == 1 and config.preset == 'small':  # by default a branch has 1% of its input
-        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
-            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
+    for block in (m for m in model.modules() if isinstance(m, VAEBlock)):
+        for conv in block.convs[:4 * (config.preset == 'small')]:  # He et al.: else a branch has
+            nn.init.kaiming_normal_(conv.weight)  # 1% of its input; places are learnt late: NOTES 4
     if config.stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die
         mean = images.batch(range(min(1000, len(images)))).mean()
         nn.init.constant_(model.head.bias, torch.logit(mean))
     if parent and model.vae:
         model.vae.load_state_dict(parent['model'] | parent['ema'])
     return model
-
 def training_inputs(model, images, config, step, device):
     """(x, *noise) of a step: this process's share of what is a function of (seed, step) alone."""
     g, mine = generator(config.seed, 'step', step), slice(RANK, None, WORLD)
@@ -755,10 +703,8 @@ def training_inputs(model, images, config, step, device):
     x = images.batch(indices[mine])
     x = torch.where(mirrored[mine], x.flip(3), x)
     inputs = x, *(noise[mine] for noise in model.noise(config.batch, g))
-    if device.type == 'cuda':
-        inputs = [tensor.pin_memory() for tensor in inputs]
-    return [tensor.to(device, non_blocking=True) for tensor in inputs]
-
+    pinned = [tensor.pin_memory() for tensor in inputs] if device.type == 'cuda' else inputs
+    return [tensor.to(device, non_blocking=True) for tensor in pinned]
 def training_step(model, optimizer, inputs, clip):
     """One step of Adam; the losses and the norm of the gradient: [len(metrics) + 1]."""
     losses = model(*inputs)
@@ -767,12 +713,11 @@ def training_step(model, optimizer, inputs, clip):
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], clip)
     optimizer.step()
     return torch.stack([*losses, norm]).detach()
-
 def command_train(given):
     """train a stage: start, resume or extend it; defaults hold where the preset says nothing"""
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
-        raise UserError(f'--form {form}: stage 1 trains the same VAE for all forms; leave it out')
+        raise UserError(f'--form {form}: the VAE of stage 1 serves all forms; leave it out')
     data = (PRESETS[given.get('preset', 'small')][0] | given)['data']
     out = Path(given.get('out') or f'runs/{Path(data).resolve().name}')
     device, precision = choose_device(given.get('device'))
@@ -787,32 +732,27 @@ def command_train(given):
     done = saved['step'] if saved else 0
     if config.steps <= done:
         return report(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
-    report(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}'
-           + f', {WORLD} processes' * (WORLD > 1), end=True)
+    report(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}, '
+           f'processes: {WORLD}', end=True)
     return train(config, path, device, saved, parent)
-
 def train(config, path, device, saved, parent):
     """The loop of both stages, from the checkpoint at `path` or step 0; returns the exit code."""
     images = load_images(config.data, config.root, config.size)
     held_out = load_images(config.data, config.root, config.size, train=False)
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = initialise(config, parent, images)
-    model.to(device, memory_format=torch.channels_last)
+    model = initialise(config, parent, images).to(device, memory_format=torch.channels_last)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
-    done, rows, window = [saved[name] for name in PROGRESS] if saved else (0, [], [])
-    window = [torch.tensor(values, device=device) for values in window]
-    def restore(path):
-        model.load_state_dict(saved['model'])
+    (first, rows), window = saved['done'] if saved else (0, []), []
+    if saved:
+        read(path, lambda path: model.load_state_dict(saved['model']), 'of these settings')
         averaged.load_state_dict(saved['model'] | saved['ema'])
         optimizer.load_state_dict(saved['optimizer'])
-    if saved:
-        read(path, restore, 'of these settings')
     def save():
-        pictures = sample_chunk(averaged, Sampling(), 0, 16) if stage == 2 else {
+        pictures = sample_chunk(averaged, Sampling(), 0, 16) if config.stage == 2 else {
             config.signal: averaged.signal(shown),
             'draft': averaged.decode(averaged.encode(shown)[0])}
         write_grid(path.with_suffix('.png'), pictures.items(), config.data)
@@ -820,48 +760,36 @@ def train(config, path, device, saved, parent):
         write_atomically(path.with_suffix('.csv'), lambda file: file.write(
             ''.join(','.join(map(str, row)) + '\n' for row in table).encode()))
         content = dict(config=asdict(config), model=model.state_dict(), ema=ema,
-                       optimizer=optimizer.state_dict(), step=done, rows=rows,
-                       window=[values.tolist() for values in window])
+                       optimizer=optimizer.state_dict(), step=done, rows=rows)
         write_atomically(path, partial(torch.save, content))  # last: if it is there, all are
     parallel = model
     if WORLD > 1:  # every process has all weights; gradients are averaged over processes
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    stop = []  # Ctrl-C, or a cluster's SIGTERM: finish the step, save, leave; a second one kills
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    stop = []  # Ctrl-C, or a cluster's SIGTERM: save and leave; a second one kills
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, on_signal)
-    first, kept, start = done, done, time.monotonic()
-    save_time = start
+        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    kept, start, save_time = first, time.monotonic(), time.monotonic()
     for step in range(first, config.steps):
         inputs = training_inputs(model, images, config, step, device)
         optimizer.param_groups[0]['lr'] = lr = config.lr * min(1, (step + 1) / config.warmup)
         window.append(training_step(parallel, optimizer, inputs, config.clip))
         ema_update([*ema.values()], [*trained.values()], step, config.ema)
-        done, now = step + 1, time.monotonic()
-        finished = done == config.steps
-        save_due = finished or stop or now - save_time > config.save_every
-        if done % 10 and not save_due:
+        done, left = step + 1, config.steps - step - 1
+        if done % 10 and left:
             continue
-        values = torch.stack(window)  # [steps, metrics]
-        if not values.isfinite().all():
-            bad = (~values.isfinite().all(dim=1)).nonzero()[0].item()
-            good = f'{path} holds step {kept}' if kept else 'nothing was saved yet'
-            raise Diverged(f'step {done - len(values) + 1 + bad}: loss {values[bad, 0]}, gradient '
-                           f'{values[bad, -1]}; {good}. Take a lower --lr and another --out')
-        if finished or done % 10 == 0:
-            means = values.mean(dim=0)
-            if WORLD > 1:
-                dist.all_reduce(means)
-            means, window = (means / WORLD).tolist(), []
-            rate = (done - first) / (now - start)
-            rows.append([done, *means, lr, round(rate * config.batch, 1)])
-            text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(model.metrics, means))
-            report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
-                   f'{(config.steps - done) / rate / 60:.1f} min left', end=finished)
-        if save_due and RANK == 0:
+        values, window, now = torch.stack(window), [], time.monotonic()  # [steps, metrics]
+        if False in (finite := values.isfinite().all(dim=1).tolist()):
+            bad = done - len(values) + 1 + finite.index(False)
+            raise FloatingPointError(f'step {bad}: the loss or its gradient is not finite; lower '
+                                     f'--lr. {path}: last good checkpoint, of step {kept or None}')
+        means, rate = values.mean(dim=0), (done - first) / (now - start)
+        dist.all_reduce(means) if WORLD > 1 else None
+        rows.append([done, *(means / WORLD).tolist(), lr, round(rate * config.batch, 1)])
+        text = '  '.join(f'{name} {x:.4g}' for name, x in zip(model.metrics, rows[-1][1:]))
+        report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
+               f'{left / rate / 60:.1f} min left', end=not left)
+        if RANK == 0 and (not left or stop or now - save_time > config.save_every):
             save()
             kept, save_time = done, time.monotonic()
         if stop:
@@ -884,13 +812,11 @@ def load_trained(options, form=None):
     if options.guidance and not (config.cond_drop and config.form != 'uncond'):
         raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
     model = build(config).eval().to(device, memory_format=torch.channels_last)
-    weights = saved['model'] | saved['ema']
-    read(path, lambda path: model.load_state_dict(weights), 'of these settings')
+    read(path, lambda _: model.load_state_dict(saved['model'] | saved['ema']), 'of these settings')
     return model.requires_grad_(False), config, path
-
 def paint(model, options, z, noise=None, draft=None):
-    """Drafts of codes z [n, z_dim], or given ones, and them refined: {name: [n, C, H, W]}, in
-    [0, 1], on the CPU. noise() draws y_T and what follows; by default all n share one sequence."""
+    """{'draft', 'refined': [n, C, H, W] in [0, 1], on the CPU} of codes z [n, z_dim], or of given
+    drafts. noise() draws y_T and what follows; by default all n share one sequence."""
     shared, z = generator(options.seed, 'shared noise'), z.to(model.device)
     noise = noise or partial(torch.randn, 1, *model.image_shape, generator=shared)
     draw = lambda: noise()[:len(z)].to(model.device)
@@ -901,7 +827,6 @@ def paint(model, options, z, noise=None, draft=None):
         'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta', 'guidance')}
     refined = model.refine(draft, z, y_T, draw, **how)
     return (dict(draft=draft.cpu()) if model.vae else {}) | dict(refined=refined.cpu())
-
 def sample_chunk(model, options, chunk, n, mixture=None):
     """The first n images of a chunk, as `paint` gives them; z from N(0, I) or a mixture."""
     # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
@@ -913,12 +838,10 @@ def sample_chunk(model, options, chunk, n, mixture=None):
         z = means[k] + torch.einsum('nij,nj->ni', L[k], z)
     own = partial(torch.randn, CHUNK, *model.image_shape, generator=g)
     return paint(model, options, z[:n], None if options.shared_noise else own)
-
 def to_uint8(images, data):
     """[N, C, H, W] in [0, 1] -> uint8, rounded, without the padding of MNIST."""
     images = images[..., 2:-2, 2:-2] if data in GREY else images
     return (255 * images).round().clamp(0, 255).byte().cpu()
-
 def write_grid(path, rows, data, columns=()):
     """Write (label, images [n, C, H, W] in [0, 1]) rows as one picture, labels in its margins."""
     (labels, rows), left, top = zip(*rows), 64, 16 * bool(columns)
@@ -934,31 +857,27 @@ def write_grid(path, rows, data, columns=()):
     for i, label in enumerate(columns):
         text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
     write_atomically(path, partial(sheet.save, format='png'))
-
 def command_sample(options):
     """generate images: a grid of drafts above refined images, or a folder of PNGs"""
     model, config, path = load_trained(options)
     num, start = options.num or CHUNK, time.monotonic()
+    if num > CHUNK and not options.png:
+        raise UserError(f'--num {num}: a grid holds {CHUNK}; --png takes any number')
+    mixture, settings = mixture_of(model, config, path, options), identity(options, path)
+    make = lambda chunk, n: sample_chunk(model, options, chunk, n, mixture)
     if options.real:
-        images = load_images(config.data, config.root, config.size)
+        images, settings = load_images(config.data, config.root, config.size), {'real': config.data}
+        make = lambda chunk, n: dict(real=images.batch(range(chunk * CHUNK, chunk * CHUNK + n)))
         if not options.png or num > len(images):
             raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
-        settings = dict(real=config.data)
-        make = lambda chunk, n: dict(real=images.batch(range(chunk * CHUNK, chunk * CHUNK + n)))
-    else:
-        mixture = mixture_of(model, config, path, options)
-        settings = identity(options, path)
-        make = lambda chunk, n: sample_chunk(model, options, chunk, n, mixture)
     if not options.png:
-        if num > CHUNK:
-            raise UserError(f'--num {num}: a grid holds {CHUNK}; --png takes any number')
         drawn, grid = make(0, num), path.with_name(f'samples-{FORMS[config.form]}.png')
         rows = [(name, x[i:i + 16]) for i in range(0, num, 16) for name, x in drawn.items()]
         write_grid(grid, rows, config.data)
         return print(f'{grid}: {" above ".join(drawn)}')
     names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
     folder, note = Path(options.png), Path(options.png, 'settings.json')
-    before = read(note, lambda note: dict(json.loads(note.read_text())), 'the settings of images')
+    before = read(note, lambda note: json.loads(note.read_text()), 'the settings of images')
     if before not in (None, settings):
         raise UserError(f'--png {folder}: was made with {before}')
     if RANK == 0:
@@ -983,7 +902,6 @@ def laplacian_pyramid(x):
         levels.append(x - F.interpolate(low, scale_factor=2, mode='bilinear'))
         x = low
     return [*levels, x]
-
 def sliced_wasserstein(images, real, patches=64, directions=128):
     """Distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000: [L].
     Karras et al. 2018. It needs no pretrained network; it is not FID and not comparable to it."""
@@ -1000,7 +918,6 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
         a, b = [rearrange(patch, 'n d p -> (n p) d') @ project for patch in chosen]
         distances.append((a.sort(dim=0).values - b.sort(dim=0).values).abs().mean())
     return 1000 * torch.stack(distances)
-
 def em_step(z, r, ridge=1e-6):
     """From responsibilities r [N, K] to a mixture (w [K], m [K, D], S [K, D, D]), then to its
     responsibilities for z [N, D], and its mean log-likelihood."""
@@ -1013,7 +930,6 @@ def em_step(z, r, ridge=1e-6):
     log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
     joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
     return (w, m, S), joint.softmax(dim=1), joint.logsumexp(dim=1).mean()
-
 def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
     """EM for z [N, D]: weights, means, covariances; and each iteration's mean log-likelihood."""
     means = z[torch.randperm(len(z), generator=generator)[:K]]
@@ -1025,40 +941,33 @@ def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
         mixture, r, log_p = em_step(z, r, ridge)
         likelihoods.append(log_p.item())
     return mixture, likelihoods
-
 def identity(options, path):
     """What tells one set of samples from another: the settings, and when the model was saved."""
-    names = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
-    return {name: getattr(options, name) for name in names} | dict(model=path.stat().st_mtime_ns)
-
+    fixed = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
+    return {name: getattr(options, name) for name in fixed} | dict(model=path.stat().st_mtime_ns)
 def codes(model, config):
     """(mu, logvar) of all training images, each [N, z_dim] on the CPU, and their labels."""
     images = load_images(config.data, config.root, config.size)
     encoded = [model.vae.encode(images.batch(i).to(model.device))
                for i in torch.arange(len(images)).split(500)]
     return [torch.cat(part).cpu() for part in zip(*encoded)], images.labels
-
 def mixture_of(model, config, path, options):
     """--gmm: weights, means, Cholesky factors of Gaussians fitted to z ~ q(z|x); else None."""
     # Ex-PDE, ex-post density estimation: the codes of the training images are not quite N(0, I), so
     # that z ~ N(0, I) falls in part where the decoder never trained. The fit is kept in a file.
     if not (options.gmm and model.vae):
         return None
-    cache, saved_at = path.with_name(f'{path.stem}-gmm{options.gmm}.pt'), path.stat().st_mtime_ns
-    def parse(path):
-        saved = torch.load(path, weights_only=True)
-        return saved['mixture'] if saved['model'] == saved_at else None
-    mixture = read(cache, parse, 'a mixture')
-    if not mixture:
+    cache = path.with_name(f'{path.stem}-gmm{options.gmm}-{path.stat().st_mtime_ns}.pt')
+    load = lambda path: [part.float() for part in torch.load(path, weights_only=True)]
+    if not (mixture := read(cache, load, 'a mixture')):
         (mu, logvar), _ = codes(model, config)
         g = generator('gmm')
         z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
         (w, m, S), log_p = fit_mixture(z, options.gmm, g)
         print(f'{cache}: {len(log_p)} EM steps, log p(z) = {log_p[-1]:.2f} nats a code')
         mixture = [p.float() for p in (w, m, torch.linalg.cholesky(S))]
-        write_atomically(cache, partial(torch.save, dict(model=saved_at, mixture=mixture)))
+        write_atomically(cache, partial(torch.save, mixture))
     return mixture
-
 def bound(model, x, generator, sigma='small', strata=20):
     """Upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
     The chain's sum takes one random t of each of `strata` parts; T - 1 parts are the whole sum."""
@@ -1094,27 +1003,25 @@ def bound(model, x, generator, sigma='small', strata=20):
     log_cdf = lambda edge: torch.special.log_ndtr((edge - (x_0 - mean).abs()) / std)
     low, high = log_cdf(-1 / 255).where(x_0.abs() < 0.999, -math.inf), log_cdf(1 / 255)
     return terms | dict(chain=chain, decoder=-total(high + torch.log1p(-(low - high).exp())))
-
 def slerp(a, b, w):
     """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
     # sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b.
     # Clamp the cosine: finite at theta = 0. The mean of two noises has only half their variance.
     theta = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
-
 def command_evaluate(options):
     """a table of distances to held-out images: all trained models, by sampler and network calls"""
     options = replace(options, steps=1)  # each row has its own number
     models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
-    config = models[0][1]
-    T, num = options.start or config.timesteps, options.num or (200 if options.bits else 500)
+    config, num = models[0][1], options.num or (200 if options.bits else 500)
+    T, calls = options.start or config.timesteps, options.calls
     training, held_out = [load_images(config.data, config.root, config.size, train)
                           for train in (True, False)]
     if num > len(held_out) or num * options.seeds > len(training):
         raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
-    if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
-        raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
+    if not 0 < min(calls, default=0) <= max(calls) <= T:
+        raise UserError(f'--calls {calls}: must be from 1 to {T}')
     real = held_out.batch(range(num))
     if options.bits:
         return print_bits(models, real, options)
@@ -1125,20 +1032,19 @@ def command_evaluate(options):
     jobs = {'floor: training images': (  # name: network calls, origin, images of the i-th seed
         0, '', lambda i: training.batch(range(i * num, (i + 1) * num)))}
     for model, config, path in models:
-        mixture, form = mixture_of(model, config, path, options), FORMS[config.form]
-        if model.vae:
-            images = partial(generated, 'draft', model, mixture, options)
-            jobs[f'{form} drafts'] = 1, identity(options, path), images
+        mixture = mixture_of(model, config, path, options)
+        rows = {'drafts': (1, 'draft', options)} if model.vae else {}
         for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
             steps = max(1, calls // (1 + (options.guidance > 0)))  # two calls a guided step
             row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
-            images = partial(generated, 'refined', model, mixture, row)
-            jobs[f'{form} {sampler} {spacing}, {calls} calls'] = calls, identity(row, path), images
+            rows[f'{sampler} {spacing}, {calls} calls'] = calls, 'refined', row
+        jobs |= {f'{FORMS[config.form]} {name}': (
+            calls, identity(row, path), partial(generated, what, model, mixture, row))
+            for name, (calls, what, row) in rows.items()}
     store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
-    def parse(path):  # cell: distances [seeds, levels]
-        cells = json.loads(path.read_text())
-        return {name: torch.tensor(cell).flatten(1).tolist() for name, cell in cells.items()}
-    cells = read(store, parse, 'a table of evaluate') or {}
+    cells = read(store, lambda path: {  # distances [seeds, levels]
+        name: torch.tensor(cell).flatten(1).tolist()
+        for name, cell in json.loads(path.read_text()).items()}, 'a table of evaluate') or {}
     key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
     todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
     sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)  # for its time
@@ -1150,48 +1056,44 @@ def command_evaluate(options):
             cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
                                 for i in range(options.seeds)]
             write_atomically(store, lambda file: file.write(json.dumps(cells).encode()))
-        d = torch.tensor(cells[key[name]])  # [seeds, levels]
+        d = torch.tensor(cells[key[name]])
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
-
 def print_bits(models, x, options):
     """The bound of each model for images x, its terms apart, in bits per dimension."""
     if options.gmm or options.guidance or options.start or options.temperature != 1:
         raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
-    for model, config, path in models:
+    for (model, config, _), sigma in itertools.product(models, ('small', 'large')):
         nats_per_bit = to_uint8(x[:1], config.data).numel() * math.log(2)  # without the padding
-        for sigma in ('small', 'large'):
-            g = generator(options.seed, 'bits')
-            parts = [bound(model, part.to(model.device), g, sigma) for part in x.split(CHUNK)]
-            bits = {name: torch.cat([p[name] for p in parts]) / nats_per_bit for name in parts[0]}
-            total = sum(bits.values())
-            terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
-            print(f'{FORMS[config.form]:7} {sigma:5}: at most {total.mean():.3f} '
-                  f'+- {total.std() / len(total) ** 0.5:.3f} bits/dim: {terms}', flush=True)
-
+        g = generator(options.seed, 'bits')
+        parts = [bound(model, part.to(model.device), g, sigma) for part in x.split(CHUNK)]
+        bits = {name: torch.cat([p[name] for p in parts]) / nats_per_bit for name in parts[0]}
+        total = sum(bits.values())
+        terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
+        print(f'{FORMS[config.form]:7} {sigma:5}: at most {total.mean():.3f} '
+              f'+- {total.std() / len(total) ** 0.5:.3f} bits/dim: {terms}', flush=True)
 def held_out_codes(options):
     """For pictures: model, `Config`, held-out images, their mean codes, and what writes rows."""
     model, config, path = load_trained(options)
     if not model.vae:
         raise UserError('--form uncond: has neither code nor draft; take --form 1 or 2')
     held_out = load_images(config.data, config.root, config.size, train=False)
-    x = held_out.batch([i % len(held_out) for i in range(max(2, options.num or 8))])
+    x = held_out.batch([i % len(held_out) for i in range(max(2, min(options.num or 8, 64)))])
     mu, _ = model.vae.encode(x.to(model.device))
     def write(name, rows, columns=()):
         write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
     return model, config, x, mu.cpu(), write
-
 def command_reconstruct(options):
     """held-out images, the VAE's drafts of their mean codes, and these refined"""
     model, config, x, mu, write = held_out_codes(options)
-    rows = {'image': x, config.signal: model.vae.signal(x)} | paint(model, options, mu)
-    write('reconstruct', rows.items())
+    write('reconstruct', ({'image': x, config.signal: model.vae.signal(x)}
+                          | paint(model, options, mu)).items())
 
+PATHS = dict(slerp=slerp, linear=torch.lerp)
 def command_interpolate(options):
     """between the codes of two held-out images with all noise shared; and between two noises"""
     model, _, x, mu, write = held_out_codes(options)
-    w = torch.linspace(0, 1, options.num or 8)
-    along = slerp if options.path == 'slerp' else torch.lerp
+    w, along = torch.linspace(0, 1, options.num or 8), PATHS[options.path]
     rows = paint(model, options, torch.stack([along(mu[0], mu[1], v) for v in w]))
     g = [generator(options.seed, key) for key in ('shared noise', 'other noise')]
     def between():  # at every step, not only y_T, which a long chain forgets
@@ -1199,7 +1101,6 @@ def command_interpolate(options):
         return torch.cat([slerp(a, b, v) for v in w])
     rows['other noise'] = paint(model, options, mu[:1].expand(len(w), -1), between)['refined']
     write('interpolate', rows.items(), [f'{v:.2f}' for v in w])
-
 def has_attribute(labels, text):
     """Which images have an attribute, e.g. kind=circle, digit=3, size>0.5 or Smiling: bool [N]."""
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '').groups()
@@ -1207,12 +1108,11 @@ def has_attribute(labels, text):
         number = KINDS.index(value) if value in KINDS else float(value or 1)
         has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)
     except (KeyError, ValueError) as error:
-        raise UserError(f'--attribute {text}: there are {", ".join(labels) or "no labels here"}; '
-                        f'kinds are {", ".join(KINDS)}, other values numbers') from error
+        raise UserError(f'--attribute {text}: there are {", ".join(labels) or "no labels"}; kinds '
+                        f'are {", ".join(KINDS)}, other values numbers') from error
     if has.all() or not has.any():
         raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
     return has
-
 def command_edit(options):
     """move codes along an attribute: the mean code of images with it minus that of those without"""
     model, config, x, mu, write = held_out_codes(options)
@@ -1222,7 +1122,6 @@ def command_edit(options):
     s = torch.linspace(-2, 2, options.num or 9)
     rows = [row for z in mu[:3] for row in paint(model, options, z + s[:, None] * d).items()]
     write('edit', rows, [f'{strength:+.1f}' for strength in s])
-
 def command_robust(options):
     """damage a draft more and more before it is refined: by noise, by blur, by missing blocks"""
     model, _, x, mu, write = held_out_codes(options)
@@ -1237,66 +1136,6 @@ def command_robust(options):
             blocks=draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())).items():
         rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
     write('robust', rows, [f'{s:.2f}' for s in strengths])
-
-def fastest(works, seconds):
-    """Shortest time in seconds of each function, called in turn until the time is up."""
-    best, end = [math.inf] * len(works), time.monotonic() + seconds
-    while math.inf in best or time.monotonic() < end:
-        for i, work in enumerate(works):
-            start = time.monotonic()
-            work().sum().item()  # the number waits for the device
-            best[i] = min(best[i], time.monotonic() - start)
-    return best
-
-def flops(config):
-    """Operations an image takes in a training step, and in a network call (0 in stage 1)."""
-    with FlopCounterMode(display=False) as training:  # on the meta device: nothing is computed
-        model = build(config).to('meta')
-        x, *noise = [tensor.to('meta') for tensor in (
-            torch.zeros(2, 3, config.size, config.size), *model.noise(2, generator()))]
-        model(x, *noise)[0].backward()
-    with FlopCounterMode(display=False) as call:
-        if config.stage == 2:
-            eps_z, t, eps, _ = noise
-            model.eps_theta(eps, t, eps, eps_z)
-    return training.get_total_flops() / 2, call.get_total_flops() / 2
-
-def command_bench(options):
-    """images/s in training and sampling, the share of the device's peak, what full runs cost"""
-    device, fast = choose_device(options.device)
-    configs = {}
-    for preset in PRESETS:
-        first = resolve(dict(stage=1, preset=preset), {}, None)
-        configs[preset] = first, resolve(dict(stage=2), asdict(first), None)
-    for preset, batch in dict(small=32, cifar10=16).items():
-        config, works = replace(configs[preset][1], batch=batch), []
-        for config.precision, layout in (('float32', torch.contiguous_format),
-                                         (fast, torch.channels_last)):
-            model = build(config).to(device, memory_format=layout)
-            pixels = Images(torch.zeros(1, *model.image_shape, dtype=torch.uint8))
-            x, *noise = training_inputs(model, pixels, config, 0, device)
-            frozen = copy.deepcopy(model).eval().requires_grad_(False)
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.Adam(parameters, config.lr, fused=True)
-            square = torch.randn(4096, 4096, device=device, dtype=getattr(torch, config.precision))
-            works += [partial(training_step, model, optimizer, [x, *noise], config.clip),
-                      partial(frozen.eps_theta, x, noise[1], x, noise[0]),
-                      partial(torch.mm, square, square)]
-        seconds = fastest(works, options.seconds)
-        for mode, times in (('float32', seconds[:3]), (f'{fast}, channels_last', seconds[3:])):
-            peak = 2 * 4096**3 / times[2]
-            for what, count, duration in zip(('training', 'network call'), flops(config), times):
-                rate = count * batch / duration
-                print(f'{preset:8}{mode:24}{what:13}{batch / duration:8.1f} images/s'
-                      f'{rate / 1e12:7.3f} TFLOP/s, {rate / peak:4.0%} of a 4096^3 product')
-        print(f'{preset:8}times as fast: training {seconds[0] / seconds[3]:.2f}, '
-              f'network call {seconds[1] / seconds[4]:.2f}', flush=True)
-    print(f'Projection, not measured: full runs if {options.tflops:g} TFLOP/s were sustained')
-    for preset, stages in configs.items():
-        for c in stages:
-            total = flops(c)[0] * c.batch * c.steps
-            print(f'{preset:12}stage {c.stage}: {c.steps:9,} steps of {c.batch:3}, '
-                  f'{total:.2e} FLOPs, {total / options.tflops / 3.6e15:.2f} hours')
 # ==== 10. COMMAND LINE, AND EXERCISES =============================================================
 @dataclass
 class Handout:
@@ -1304,37 +1143,26 @@ class Handout:
     out: str = option('student.py', 'file to write')
     only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
     list: bool = option(False, 'print the exercises and their points instead')
-
-@dataclass
-class Bench:
-    """All settings of `bench`."""
-    seconds: float = option(20.0, 'to measure each of the two networks', 0, 1e4)
-    tflops: float = option(50.0, 'sustained TFLOP/s that the projection assumes', 1e-6, 1e9)
-    device: str = option(None, 'as for train')
 EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
                  predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
                  time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
 def command_exercise(options):
     """write a copy of this file with the bodies of exercises blanked, for a student to fill in"""
-    numbers, path = range(1, len(EXERCISES) + 1), Path(options.out)
+    numbers, path = {name: i for i, name in enumerate(EXERCISES, 1)}, Path(options.out)
     if options.list:
-        rows = zip(numbers, EXERCISES, EXERCISES.values())
-        return print(*('{:2}  {:15} {} points'.format(*row) for row in rows), sep='\n')
-    if not {*options.only} <= {*numbers}:
-        raise UserError(f'--only {options.only}: exercises have numbers from 1 to {numbers[-1]}')
+        return print('\n'.join(f'{i:2}  {n:15} {EXERCISES[n]} points' for n, i in numbers.items()))
+    if not {*options.only} <= {*numbers.values()}:
+        raise UserError(f'--only {options.only}: exercises have numbers from 1 to {len(numbers)}')
     if path.exists():
         raise UserError(f'--out {path}: exists already; move it, or name another file')
-    source = Path(__file__).read_text(encoding='utf-8')
-    lines = source.splitlines()
+    lines = (source := Path(__file__).read_text(encoding='utf-8')).splitlines()
     for node in reversed(ast.parse(source).body):  # from the end, so that line numbers stay right
-        name = getattr(node, 'name', None)
-        number = [*EXERCISES].index(name) + 1 if name in EXERCISES else 0
-        if number in (options.only or numbers):  # after the docstring and the comment below it
+        number = numbers.get(getattr(node, 'name', None), 0)
+        if number in (options.only or numbers.values()):  # docstring and formula stay
             body = slice(node.body[1].lineno - 1, node.end_lineno)
-            lines[body] = [f"    raise NotImplementedError('Exercise {number}: {name}')"]
+            lines[body] = [f"    raise NotImplementedError('Exercise {number}: {node.name}')"]
     write_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
     print(f'{path}: fill it in, and grade it with DIFFUSEVAE={path} pytest')
-
 def main(argv=None):
     """Run one command of the command line; returns the exit code."""
     def fail(message):  # argparse would print the usage, too, and exit
@@ -1342,9 +1170,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser('diffusevae.py', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     for command in (command_train, command_sample, command_evaluate, command_reconstruct,
-                    command_interpolate, command_edit, command_robust, command_bench, command_exercise):
-        settings = {command_train: Config, command_exercise: Handout,
-                    command_bench: Bench}.get(command, Sampling)
+                    command_interpolate, command_edit, command_robust, command_exercise):
+        settings = {command_train: Config, command_exercise: Handout}.get(command, Sampling)
         name, text = command.__name__[8:], command.__doc__
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
         sub.set_defaults(run=command, settings=settings)
@@ -1365,12 +1192,10 @@ def main(argv=None):
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
         return run(given if settings is Config else settings(**given)) or 0
-    except (UserError, OSError, NotImplementedError) as error:
+    except (UserError, OSError, NotImplementedError, FloatingPointError) as error:
         print(f'error: {error}', file=sys.stderr)
-        return getattr(error, 'code', 2)
+        return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
-        print('interrupted; what is finished is kept', file=sys.stderr)
         return 130
-
 if __name__ == '__main__':
     sys.exit(main())
