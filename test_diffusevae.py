@@ -10,6 +10,7 @@ at the end.
 """
 import contextlib
 import csv
+import functools
 import importlib.util
 import inspect
 import json
@@ -23,6 +24,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import types
 import urllib.request
 from functools import partial
 from pathlib import Path
@@ -1681,7 +1683,7 @@ def trained(tmp_path_factory):
 def test_training_writes_checkpoint_table_and_picture(trained):
     for name, metrics in (('stage1', ['loss', 'squared_error', 'kl']), ('stage2-form1', ['loss'])):
         rows = list(csv.DictReader((trained / f'{name}.csv').open()))
-        assert list(rows[0]) == ['step', *metrics, 'lr', 'images_per_s']
+        assert list(rows[0]) == ['step', *metrics, 'grad_norm', 'lr', 'images_per_s']
         assert [row['step'] for row in rows] == ['10', '12']
         assert Image.open(trained / f'{name}.png').width > 500
     saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
@@ -1797,9 +1799,157 @@ def test_training_images_are_mirrored_left_to_right(tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dv, 'negative_elbo', lambda x, x_hat, *rest: (x_hat.sum() * math.nan,) * 3)
-    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 12, *NARROW) == 2
-    assert 'nan' in capsys.readouterr().err and not (tmp_path / 'stage1.pt').exists()
+    """Exit code 1, the exact step and the last good checkpoint, which is kept."""
+    path, loss, calls = tmp_path / 'stage1.pt', dv.negative_elbo, []
+    command = ['train', '--stage', 1, '--out', tmp_path, '--save-every', 0, *NARROW]
+    assert run(*command, '--steps', 10) == 0
+    before = path.read_bytes()
+
+    def explodes(x, x_hat, *rest):  # `build` tries it once, then steps 11, 12, 13, ...
+        calls.append(0)
+        return [term * (math.nan if len(calls) == 4 else 1) for term in loss(x, x_hat, *rest)]
+
+    monkeypatch.setattr(dv, 'negative_elbo', explodes)
+    capsys.readouterr()
+    assert run(*command, '--steps', 40) == 1
+    error = capsys.readouterr().err
+    assert 'step 13:' in error and str(path) in error and 'step 10' in error
+    assert error.count('\n') == 1 and path.read_bytes() == before
+
+
+def test_gradient_that_is_not_finite_stops_training(tmp_path, monkeypatch):
+    """A finite loss with such a gradient: the weights are lost, and must not be saved."""
+    loss = dv.negative_elbo
+
+    def infinite_slope(x, x_hat, *rest):
+        total, *terms = loss(x, x_hat, *rest)
+        return SlopeOf.apply(x_hat, total), *terms
+
+    monkeypatch.setattr(dv, 'negative_elbo', infinite_slope)
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 3, *NARROW) == 1
+    assert not (tmp_path / 'stage1.pt').exists()
+
+
+class SlopeOf(torch.autograd.Function):
+    """A value with an infinite slope."""
+
+    @staticmethod
+    def forward(ctx, x_hat, value):
+        ctx.shape = x_hat.shape
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.full(ctx.shape, math.inf), grad
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    """An interruption in step 13 of 30: exit code 130; the resumed run equals the whole one."""
+    command = ['train', '--stage', 1, '--steps', 30, *NARROW, '--ema', 0.9]
+    assert run(*command, '--out', tmp_path / 'whole') == 0
+    step, count = dv.training_step, []
+
+    def interrupted(*args):
+        count.append(0)
+        if len(count) == 13:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    monkeypatch.setattr(dv, 'training_step', interrupted)
+    capsys.readouterr()
+    assert run(*command, '--out', tmp_path / 'parts') == 130
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert 'holds step 20; the same command goes on' in capsys.readouterr().out
+    assert torch.load(tmp_path / 'parts/stage1.pt', weights_only=True)['step'] == 20
+    assert run(*command, '--out', tmp_path / 'parts') == 0
+    assert contents(tmp_path / 'whole/stage1.pt') == contents(tmp_path / 'parts/stage1.pt')
+    tables = [[line.rsplit(',', 1)[0] for line in (tmp_path / part / 'stage1.csv').open()]
+              for part in ('whole', 'parts')]
+    assert len(tables[0]) == 4 and tables[0] == tables[1]
+
+
+def test_ctrl_c_while_sampling_is_not_a_traceback(trained, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(dv, 'sample_chunk', interrupted)
+    assert run('sample', '--out', trained) == 130
+
+
+def test_checkpoints_reach_the_disk_before_the_old_one_goes(tmp_path, monkeypatch):
+    """The order: bytes flushed, renamed, folder flushed; a picture needs no flush."""
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: done.append(
+        os.readlink(f'/proc/self/fd/{fd}')) or fsync(fd))
+    monkeypatch.setattr(os, 'replace', lambda a, b: done.append('rename') or replace(a, b))
+    path = tmp_path / 'new' / 'a.pt'
+    dv.write_atomically(path, lambda file: file.write(b'1'))
+    assert done == [f'{path}.part0', 'rename', str(path.parent)] and path.read_bytes() == b'1'
+    dv.write_atomically(tmp_path / 'a.png', lambda file: file.write(b'2'))
+    assert done[3:] == ['rename'] and not [*tmp_path.rglob('*.part*')]
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='a limit of file sizes stands for a full disk')
+def test_full_disk_loses_nothing(trained, tmp_path, capsys):
+    import resource
+    path = tmp_path / 'stage1.pt'
+    shutil.copy(trained / 'stage1.pt', path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    for size in (1000, len(before) // 2):  # not even the picture; all but the checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            code = run('train', '--stage', 1, '--out', tmp_path, '--steps', 20)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err
+        assert code == 2 and 'not written, as before' in error and error.count('\n') == 1
+        assert path.read_bytes() == before and not [*tmp_path.rglob('*.part*')]
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 20) == 0
+
+
+class Evil:
+    """Pickles to a call of a function."""
+
+    def __reduce__(self):
+        return Path.touch, (Path('evil'),)
+
+
+def test_a_pickle_with_code_is_refused(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = torch.load(trained / 'stage1.pt', weights_only=True)
+    torch.save(saved | {'evil': Evil()}, tmp_path / 'stage1.pt')
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 20) == 2
+    error = capsys.readouterr().err
+    assert 'stage1.pt' in error and error.count('\n') == 1 and not Path('evil').exists()
+
+
+def test_a_checkpoint_that_does_not_fit_its_settings(trained, tmp_path, capsys):
+    for name, setting in (('stage1.pt', dict(width={32: 8, 16: 4, 8: 4, 4: 4, 1: 4})),
+                          ('stage2-form2.pt', dict(channels=8)),
+                          ('stage2-uncond.pt', dict(nonsense=1))):
+        saved = torch.load(trained / name, weights_only=True)
+        torch.save(saved | {'config': saved['config'] | setting}, tmp_path / name)
+        stage, form = name[5], {'stage1.pt': '1', 'stage2-form2.pt': '2'}.get(name, 'uncond')
+        assert run('train', '--stage', stage, '--form', form, '--steps', 20, '--out', tmp_path) == 2
+        error = capsys.readouterr().err
+        assert name in error and error.count('\n') == 1
+        if stage == '2':
+            assert run('sample', '--form', form, '--out', tmp_path) == 2
+            assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"a": 1}', '{"a": [1, 2]}', '{', '\0'])
+def test_damaged_json_is_named_and_kept(trained, tmp_path, capsys, text):
+    table, folder = tmp_path / 'evaluate.json', tmp_path / 'png'
+    folder.mkdir()
+    (folder / 'settings.json').write_text(text)
+    table.write_text(text)
+    for command, path in (
+            (['evaluate', '--num', 4, '--calls', 1, '--json', table, '--form', 'uncond'], table),
+            (['sample', '--num', 1, '--steps', 1, '--png', folder], folder)):
+        assert run(*command, '--out', trained) == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and error.count('\n') == 1
+    assert table.read_text() == text and [*folder.iterdir()] == [folder / 'settings.json']
 
 
 # 8. SAMPLING --------------------------------------------------------------------------------------
@@ -2149,9 +2299,11 @@ def test_mixture_prior_is_cached_beside_the_checkpoint(trained, capsys):
     plain = (trained / 'samples-form1.png').read_bytes()
     capsys.readouterr()
     assert run(*command, '--gmm', 2) == 0 and 'EM' in capsys.readouterr().out
-    assert (trained / 'stage2-form1-gmm2.pt').exists()
+    cache, = trained.glob('stage2-form1-gmm2-*.pt')
     assert (trained / 'samples-form1.png').read_bytes() != plain
     assert run(*command, '--gmm', 2) == 0 and 'EM' not in capsys.readouterr().out
+    cache.write_bytes(cache.read_bytes()[:900])
+    assert run(*command, '--gmm', 2) == 2 and cache.name in capsys.readouterr().err
 
 
 def test_samples_of_a_mixture_have_its_moments():
@@ -2349,7 +2501,7 @@ BAD = [
     (['train', '--stage', 1, '--size', 40], '--size'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
     (['train', '--stage', 1, '--unknown', 3], '--unknown'),
-    (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'into 5 heads'),
+    (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'no network for --size 32'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1,1'], 'halve'),
     (['train', '--stage', 2, '--form', 'uncond', '--attention', '7'], 'attend'),
     (['train', '--stage', 2, '--form', 'uncond', '--timesteps', '20'], '--timesteps'),
@@ -2417,21 +2569,74 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     assert '--real' in fails('sample', '--out', trained, '--real')
 
 
-def test_commands_as_processes(tmp_path):
-    """train, train, sample as a user types them; progress without a terminal."""
-    def start(*args):
-        command = [sys.executable, dv.__file__, *map(str, args)]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+def test_commands_as_processes(tmp_path, monkeypatch):
+    """Stage 1, killed and resumed; stage 2 by two processes; sample. Each equals one whole run."""
+    def start(*args, threads='2'):  # as in this process: sums are rounded in the same order
+        command = [sys.executable, *map(str, args)]
+        return subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                                stderr=subprocess.PIPE, env=os.environ | {'OMP_NUM_THREADS': threads})
 
     for name in FAILED:  # a process runs the file as it is
         pytest.skip(f'needs exercise {EXERCISES[name].number}, {name}')
-    first = start('train', '--stage', 1, '--steps', 10, *NARROW)
-    assert first.returncode == 0, first.stderr
-    assert 'squared_error' in first.stdout and 'min left' in first.stdout
-    assert '\r' not in first.stdout
-    assert start('train', '--stage', 2, '--steps', 10, *SMALL).returncode == 0
-    assert start('sample', '--steps', 2, '--num', 4).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(dv, 'draw_shapes', few_shapes.__defaults__[1])  # all, as processes do
+    monkeypatch.setattr(dv, 'load_images', functools.cache(dv.load_images))
+    stage1 = ['train', '--stage', 1, '--steps', 60, *NARROW, '--save-every', 0]
+    killed = start(dv.__file__, *stage1)
+    lines = [killed.stdout.readline() for _ in range(2)]
+    assert 'squared_error' in lines[1] and 'min left' in lines[1] and '\r' not in lines[1]
+    path = tmp_path / 'runs/shapes/stage1.pt'
+    while not path.exists():  # whole as soon as it is there
+        assert killed.poll() is None
+    killed.kill()
+    killed.communicate()
+    assert 10 <= torch.load(path, weights_only=True)['step'] <= 60
+    assert run(*stage1) == 0 and run(*stage1, '--out', 'whole') == 0
+    assert contents(path) == contents(Path('whole/stage1.pt'))
+
+    stage2 = ['train', '--stage', 2, '--steps', 6, *SMALL, '--clip', 0.5, '--ema', 0.9, '--flip']
+    two = start('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2,
+                dv.__file__, *stage2, threads='1')
+    assert run(*stage2, '--out', 'whole') == 0
+    out, error = two.communicate(timeout=60)
+    assert two.returncode == 0 and 'processes: 2' in out and out.count('min left') == 1, error
+    saved = [torch.load(f'{out}/stage2-form1.pt', weights_only=True)
+             for out in ('runs/shapes', 'whole')]
+    for part in ('model', 'ema'):
+        assert all(torch.allclose(saved[0][part][name], value, rtol=0, atol=1e-5)
+                   for name, value in saved[1][part].items())
+    assert all(a[:4] == pytest.approx(b[:4], rel=1e-4)
+               for a, b in zip(saved[0]['rows'], saved[1]['rows']))
+    moved = torch.load(path, weights_only=True)['ema']  # the frozen VAE did not
+    assert all(torch.equal(saved[0]['model'][f'vae.{k}'], v) for k, v in moved.items())
+    sample = start(dv.__file__, 'sample', '--steps', 2, '--num', 4)
+    assert sample.communicate(timeout=60)[0] and sample.returncode == 0
     assert (tmp_path / 'runs/shapes/samples-form1.png').exists()
+
+
+def test_processes_share_batches_and_chunks(trained, tmp_path, monkeypatch, capsys):
+    """Two processes' inputs are one's, apart; so are their PNGs; an odd batch is refused."""
+    config = dv.Config(stage=1, batch=6, flip=True)
+    images = dv.Images(torch.arange(30 * 3 * 4, dtype=torch.uint8).view(30, 3, 2, 2))
+    model, cpu, shares = types.SimpleNamespace(noise=dv.VAE.noise, z_dim=4), torch.device('cpu'), []
+    model.noise = partial(dv.VAE.noise, model)
+    whole = dv.training_inputs(model, images, config, 7, cpu)
+    monkeypatch.setattr(dv, 'WORLD', 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(dv, 'RANK', rank)
+        shares.append(dv.training_inputs(model, images, config, 7, cpu))
+    for a, b, both in zip(*shares, whole):
+        assert len(a) == len(b) == 3
+        assert torch.equal(torch.stack([a, b], dim=1).flatten(0, 1), both)
+    for rank, numbers in ((0, [*range(64), *range(128, 130)]), (1, [*range(64, 128)])):
+        monkeypatch.setattr(dv, 'RANK', rank)
+        assert run('sample', '--form', 'uncond', '--out', trained, '--png', tmp_path / str(rank),
+                   '--num', 130, '--steps', 1) == 0
+        names = sorted(path.name for path in (tmp_path / str(rank) / 'refined').iterdir())
+        assert names == [f'{i:06}.png' for i in numbers]
+    assert not (tmp_path / '1/settings.json').exists() and (tmp_path / '0/settings.json').exists()
+    assert run('train', '--stage', 1, '--batch', 5, '--out', tmp_path / 'odd') == 2
+    assert '--batch 5' in capsys.readouterr().err
 
 
 def test_help_names_every_option(capsys):
