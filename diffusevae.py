@@ -6,7 +6,6 @@ from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' cod
     z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
                                                                v  (as extra input channels)
     y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
-
 z, here 16 numbers, fixes the layout; the diffusion model (DDPM) paints the detail that the draft
 lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no files.
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
@@ -91,7 +90,7 @@ NAMED = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, cifar10=datase
              celeba=datasets.CelebA)  # what reads a named data set below --root
 def load_images(data, root='data', size=32, train=True):
     """The training or held-out `Images` of a data set's name or a folder's path, or a UserError."""
-    if data == 'shapes':
+    if data == 'shapes' and size <= 64:
         return Images(*draw_shapes(20_000 if train else 2_000, generator('shapes', train), size))
     if data not in NAMED:
         # Held out are the 5% of names with the lowest hash: stable when files are added.
@@ -100,7 +99,7 @@ def load_images(data, root='data', size=32, train=True):
         paths = sorted((p for p in Path(data).rglob('*') if p.suffix.lower() in kinds), key=digest)
         split = max(1, sum(digest(path)[0] < 0.05 * 256 for path in paths))
         if len(paths) <= split:
-            raise UserError(f'--data {data}: not shapes, {", ".join(NAMED)} or a folder of images')
+            raise UserError(f'--data {data}: not shapes (to 64x64), {", ".join(NAMED)} or a folder')
         return Images(paths[split:] if train else paths[:split], size=size)
     dataset = NAMED[data]
     folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
@@ -661,9 +660,9 @@ def read(path, parse, what):
 def load_checkpoint(out, stage, form):
     """The path of a checkpoint and its content on the CPU, None if there is no such file."""
     def parse(path):
-        saved = torch.load(path, map_location='cpu', weights_only=True)  # data only, never code
-        c, saved['done'] = Config(**saved['config']), (saved['step'], saved['rows'])
-        if (c.stage, c.form) != (stage, form):
+        saved = dict(torch.load(path, map_location='cpu', weights_only=True))  # data, never code
+        config, _, _ = Config(**saved['config']), saved['step'], saved['rows']
+        if (config.stage, config.form) != (stage, form):
             raise ValueError(path)
         return saved
     path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
@@ -746,7 +745,7 @@ def train(config, path, device, saved, parent):
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
     optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
-    (first, rows), window = saved['done'] if saved else (0, []), []
+    first, rows, window = (saved['step'], saved['rows'], []) if saved else (0, [], [])
     if saved:
         read(path, lambda path: model.load_state_dict(saved['model']), 'of these settings')
         averaged.load_state_dict(saved['model'] | saved['ema'])
@@ -1079,10 +1078,10 @@ def held_out_codes(options):
         raise UserError('--form uncond: has neither code nor draft; take --form 1 or 2')
     held_out = load_images(config.data, config.root, config.size, train=False)
     x = held_out.batch([i % len(held_out) for i in range(max(2, min(options.num or 8, 64)))])
-    mu, _ = model.vae.encode(x.to(model.device))
+    mu = model.vae.encode(x.to(model.device))[0].cpu()
     def write(name, rows, columns=()):
         write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
-    return model, config, x, mu.cpu(), write
+    return model, config, x, mu, write
 def command_reconstruct(options):
     """held-out images, the VAE's drafts of their mean codes, and these refined"""
     model, config, x, mu, write = held_out_codes(options)
@@ -1193,7 +1192,7 @@ def main(argv=None):
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
         return run(given if settings is Config else settings(**given)) or 0
     except (UserError, OSError, NotImplementedError, FloatingPointError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        print('error:', ' '.join(str(error).splitlines()), file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
         return 130
