@@ -539,7 +539,7 @@ class Config:
     multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
     attention: ints = option((), 'U-Net: resolutions with attention, beside the middle')
-    heads: int = option(1, 'U-Net: attention heads', 1, 65536)
+    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
     cond_drop: float = option(0.0, 'share of images trained without draft, for guidance', 0, 0.99)
