@@ -11,7 +11,7 @@ lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2      # the DDPM on its drafts
     python diffusevae.py sample               # drafts above refined images, as a PNG
-Measured on 2 AMD EPYC cores: 9 minutes; refined 90% of the real finest detail, drafts 18%: NOTES 5.
+Measured on 2 AMD EPYC cores: 9 minutes; refined 85% of the real finest detail, drafts 17%: NOTES 5.
 """
 import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time
 from concurrent.futures import ThreadPoolExecutor

@@ -3,7 +3,8 @@
 Part 1 has one class of tests for each exercise of `diffusevae.py exercise`, in their order, and
 grades any file: DIFFUSEVAE=student.py pytest. Part 2 tests the grader itself, on wrong solutions
 that it must catch and different ones that must pass. Part 3 tests all the rest, in the sections
-of diffusevae.py; it is skipped where it needs an exercise that is not solved.
+of diffusevae.py; it is skipped where it needs an exercise that is not solved. Part 4 is no test
+but the benchmark: python test_diffusevae.py.
 
 No network, no GPU; the data files are made on the spot. The few tests that start processes are
 at the end.
