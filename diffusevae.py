@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
-RANK, WORLD = (int(os.environ.get(*name)) for name in (('RANK', 0), ('WORLD_SIZE', 1)))  # torchrun
+RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # by torchrun
 class UserError(Exception):
     """What the user can put right: `main` prints it as one line and returns exit code 2."""
 def generator(*key):
@@ -60,7 +60,7 @@ def draw_shapes(n, generator, size=32):
     factors = dict(kind=kind, hue=u[1], ground=u[2], x=u[3], y=u[4], size=u[5])
     return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
 class Images:
-    """uint8 pixels [N, C, H, W], or paths of images, read at once if they fit in 1 GB."""
+    """uint8 pixels [N, C, H, W], or paths, read at once if in 1 GB; `batch`: floats in [0, 1]."""
     def __init__(self, pixels, labels={}, size=None, crop=True):
         self.pixels, self.labels, self.size = pixels, labels, size
         self.fit = partial(ImageOps.fit, method=Image.LANCZOS) if crop else Image.Image.resize
@@ -83,7 +83,6 @@ class Images:
                 print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
         raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
     def batch(self, indices):
-        """Images of these numbers: float [B, C, H, W] in [0, 1]."""
         return (self.read_all(indices) if self.size else self.pixels[indices]).float() / 255
 GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
 NAMED = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, cifar10=datasets.CIFAR10,
@@ -124,10 +123,6 @@ def load_images(data, root='data', size=32, train=True):
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
 #    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
 #              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
-def trunk_precision(x, bf16):
-    """Autocast to bfloat16 on x's device if asked; heads and losses stay outside, in float32."""
-    device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
-    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 def reparameterize(mu, logvar, eps):
     """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
     # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
@@ -148,6 +143,10 @@ def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     squared_error = (x - x_hat).square().sum(dim=(1, 2, 3)).mean()
     kl = kl_divergence(mu, logvar).mean()
     return squared_error + alpha * kl, squared_error, kl
+def trunk_precision(x, bf16):
+    """Autocast to bfloat16 on x's device if asked; heads and losses stay outside, in float32."""
+    device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
+    return torch.autocast(device, torch.bfloat16, enabled=bf16)
 
 class VAEBlock(nn.Module):
     """Residual bottleneck without normalisation: [B, width, R, R] -> the same shape."""
@@ -183,16 +182,15 @@ class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = 'loss', 'squared_error', 'kl'
-    def __init__(self, channels, size, encoder, decoder, width, alpha=1.0, signal='image',
-                 bf16=False):
+    def __init__(self, C, size, encoder, decoder, width, alpha=1.0, signal='image', bf16=False):
         super().__init__()
         self.z_dim, self.alpha, self.bf16, self.signal = width[1], alpha, bf16, SIGNALS[signal]
-        self.stem = nn.Conv2d(channels, width[size], 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(C, width[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, width)
         self.mu = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
         self.logvar = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
         self.decoder = backbone(decoder, width)
-        self.head = nn.Conv2d(width[size], channels, 3, padding=1)
+        self.head = nn.Conv2d(width[size], C, 3, padding=1)
     def encode(self, x):
         """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]. Of x it sees y = signal(x)."""
         with trunk_precision(x, self.bf16):
@@ -373,8 +371,10 @@ class UNet(nn.Module):
                  heads=1, dropout=0.0, z_dim=0, bf16=False):
         super().__init__()
         last = len(multipliers) - 1
-        if size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}:
-            raise ValueError(f'{last + 1} levels cannot halve {size}, or attend at {attention}')
+        if (size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}
+                or any(m * channels % heads for m in multipliers)):
+            raise ValueError(f'{last + 1} levels cannot halve {size}, attend at {attention}, or '
+                             f'divide {channels} channels times {multipliers} into {heads} heads')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
@@ -661,8 +661,8 @@ def load_checkpoint(out, stage, form):
     """The path of a checkpoint and its content on the CPU, None if there is no such file."""
     def parse(path):
         saved = dict(torch.load(path, map_location='cpu', weights_only=True))  # data, never code
-        config, _, _ = Config(**saved['config']), saved['step'], saved['rows']
-        if (config.stage, config.form) != (stage, form):
+        config = Config(**saved['config'])
+        if (config.stage, config.form) != (stage, form) or not {'step', 'rows'} <= {*saved}:
             raise ValueError(path)
         return saved
     path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
@@ -684,9 +684,9 @@ def initialise(config, parent, images):
     """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
     torch.manual_seed(config.seed)
     model = build(config)
-    for block in (m for m in model.modules() if isinstance(m, VAEBlock)):
-        for conv in block.convs[:4 * (config.preset == 'small')]:  # He et al.: else a branch has
-            nn.init.kaiming_normal_(conv.weight)  # 1% of its input; places are learnt late: NOTES 4
+    if config.stage == 1 and config.preset == 'small':  # by default a branch has 1% of its input
+        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
+            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
     if config.stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die
         mean = images.batch(range(min(1000, len(images)))).mean()
         nn.init.constant_(model.head.bias, torch.logit(mean))
@@ -780,10 +780,11 @@ def train(config, path, device, saved, parent):
         values, window, now = torch.stack(window), [], time.monotonic()  # [steps, metrics]
         if False in (finite := values.isfinite().all(dim=1).tolist()):
             bad = done - len(values) + 1 + finite.index(False)
-            raise FloatingPointError(f'step {bad}: the loss or its gradient is not finite; lower '
-                                     f'--lr. {path}: last good checkpoint, of step {kept or None}')
+            good = f'{path} is good, of step {kept}' if kept else 'nothing was saved before'
+            raise FloatingPointError(f'step {bad}: loss or gradient not finite; lower --lr; {good}')
         means, rate = values.mean(dim=0), (done - first) / (now - start)
-        dist.all_reduce(means) if WORLD > 1 else None
+        if WORLD > 1:
+            dist.all_reduce(means)
         rows.append([done, *(means / WORLD).tolist(), lr, round(rate * config.batch, 1)])
         text = '  '.join(f'{name} {x:.4g}' for name, x in zip(model.metrics, rows[-1][1:]))
         report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
@@ -1014,13 +1015,13 @@ def command_evaluate(options):
     models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
     config, num = models[0][1], options.num or (200 if options.bits else 500)
-    T, calls = options.start or config.timesteps, options.calls
+    T = options.start or config.timesteps
     training, held_out = [load_images(config.data, config.root, config.size, train)
                           for train in (True, False)]
     if num > len(held_out) or num * options.seeds > len(training):
         raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
-    if not 0 < min(calls, default=0) <= max(calls) <= T:
-        raise UserError(f'--calls {calls}: must be from 1 to {T}')
+    if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
+        raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     real = held_out.batch(range(num))
     if options.bits:
         return print_bits(models, real, options)
@@ -1041,9 +1042,8 @@ def command_evaluate(options):
             calls, identity(row, path), partial(generated, what, model, mixture, row))
             for name, (calls, what, row) in rows.items()}
     store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
-    cells = read(store, lambda path: {  # distances [seeds, levels]
-        name: torch.tensor(cell).flatten(1).tolist()
-        for name, cell in json.loads(path.read_text()).items()}, 'a table of evaluate') or {}
+    cells = read(store, lambda path: {k: torch.tensor(d).flatten(1).tolist() for k, d in
+                 json.loads(path.read_text()).items()}, 'a table of evaluate') or {}
     key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
     todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
     sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)  # for its time
@@ -1055,7 +1055,7 @@ def command_evaluate(options):
             cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
                                 for i in range(options.seeds)]
             write_atomically(store, lambda file: file.write(json.dumps(cells).encode()))
-        d = torch.tensor(cells[key[name]])
+        d = torch.tensor(cells[key[name]])  # [seeds, levels]
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
 def print_bits(models, x, options):
@@ -1085,14 +1085,14 @@ def held_out_codes(options):
 def command_reconstruct(options):
     """held-out images, the VAE's drafts of their mean codes, and these refined"""
     model, config, x, mu, write = held_out_codes(options)
-    write('reconstruct', ({'image': x, config.signal: model.vae.signal(x)}
-                          | paint(model, options, mu)).items())
+    rows = {'image': x, config.signal: model.vae.signal(x)} | paint(model, options, mu)
+    write('reconstruct', rows.items())
 
-PATHS = dict(slerp=slerp, linear=torch.lerp)
 def command_interpolate(options):
     """between the codes of two held-out images with all noise shared; and between two noises"""
     model, _, x, mu, write = held_out_codes(options)
-    w, along = torch.linspace(0, 1, options.num or 8), PATHS[options.path]
+    w = torch.linspace(0, 1, options.num or 8)
+    along = slerp if options.path == 'slerp' else torch.lerp
     rows = paint(model, options, torch.stack([along(mu[0], mu[1], v) for v in w]))
     g = [generator(options.seed, key) for key in ('shared noise', 'other noise')]
     def between():  # at every step, not only y_T, which a long chain forgets
