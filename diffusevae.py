@@ -13,7 +13,7 @@ lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no
     python diffusevae.py sample               # drafts above refined images, as a PNG
 Measured on 2 AMD EPYC cores: 9 minutes; refined 85% of the real finest detail, drafts 17%: NOTES 5.
 """
-import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time
+import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time, timeit
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -22,6 +22,7 @@ import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as 
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # by torchrun
@@ -106,8 +107,7 @@ def load_images(data, root='data', size=32, train=True):
     try:
         found = dataset(root, download=True, **split)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f'--data {data}: its files are not in {root}/{folder}, and the download '
-                        f'failed: {" ".join(str(error).splitlines()[:1])}') from error
+        raise UserError(f'--data {data}: not in {root}/{folder}; no download: {error}') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
         paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
@@ -143,11 +143,6 @@ def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     squared_error = (x - x_hat).square().sum(dim=(1, 2, 3)).mean()
     kl = kl_divergence(mu, logvar).mean()
     return squared_error + alpha * kl, squared_error, kl
-def trunk_precision(x, bf16):
-    """Autocast to bfloat16 on x's device if asked; heads and losses stay outside, in float32."""
-    device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
-    return torch.autocast(device, torch.bfloat16, enabled=bf16)
-
 class VAEBlock(nn.Module):
     """Residual bottleneck without normalisation: [B, width, R, R] -> the same shape."""
     def __init__(self, width, resolution):
@@ -165,8 +160,7 @@ class VAEBlock(nn.Module):
 def backbone(blocks, width):
     """Residual blocks at falling or rising resolutions, {32: 7, 16: 4, ...}; width[R]: channels."""
     # Between resolutions, down: one block more, then average pooling; up: nearest upsampling; then
-    # a bias-free 1x1 convolution to the next width. The authors' scripts write 32x7,32d2,32t16,16x4
-    # for {32: 7, 16: 4}, and 16x7,16u2,16t32,32x15 for {16: 7, 32: 15}.
+    # a bias-free 1x1 convolution to the next width. NOTES 1 has the authors' shorthand for this.
     modules, resolutions = [], [*blocks]
     for r, r_next in zip(resolutions, [*resolutions[1:], resolutions[-1]]):
         modules += [VAEBlock(width[r], r) for _ in range(blocks[r] + (r_next < r))]
@@ -182,9 +176,9 @@ class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
     metrics = 'loss', 'squared_error', 'kl'
-    def __init__(self, C, size, encoder, decoder, width, alpha=1.0, signal='image', bf16=False):
+    def __init__(self, C, size, encoder, decoder, width, alpha=1.0, signal='image'):
         super().__init__()
-        self.z_dim, self.alpha, self.bf16, self.signal = width[1], alpha, bf16, SIGNALS[signal]
+        self.z_dim, self.alpha, self.signal = width[1], alpha, SIGNALS[signal]
         self.stem = nn.Conv2d(C, width[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, width)
         self.mu = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
@@ -193,15 +187,11 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(width[size], C, 3, padding=1)
     def encode(self, x):
         """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]. Of x it sees y = signal(x)."""
-        with trunk_precision(x, self.bf16):
-            h = self.encoder(self.stem(self.signal(x)))
-        h = h.float()  # [B, z_dim, 1, 1]
+        h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
         return self.mu(h).flatten(1), self.logvar(h).flatten(1)
     def decode(self, z):
         """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
-        with trunk_precision(z, self.bf16):
-            h = self.decoder(rearrange(z, 'b z -> b z 1 1'))
-        return torch.sigmoid(self.head(h.float()))
+        return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
     def noise(self, n, generator):
         """What a training step on n images draws: eps [n, z_dim]."""
         return (torch.randn(n, self.z_dim, generator=generator),)
@@ -229,8 +219,7 @@ def q_sample(y_0, alpha_bar, eps):
 def predict_x0(y_t, alpha_bar, eps):
     """The clean image that y_t and its noise imply: `q_sample` solved for y_0 = x_0."""
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-    # It multiplies an error of eps by sqrt(1 - alpha_bar) / sqrt(alpha_bar): 157 at t = T. Hence
-    # the clip when sampling, and a last layer in float32.
+    # It multiplies errors of eps, by 157 at t = T: hence the clip, and a last layer in float32.
     return (y_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     """Mean and variance of q(y_next|y_t, x_0), the step back if x_0 were known."""
@@ -288,7 +277,6 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     # This, the reweighted DDPM term, drops the weights. y_t ~ q(y_t|x_0), each image at its own t.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
-
 class Diffusion(nn.Module):
     """DDPM of y: the schedule, and samplers for any network eps_theta(y_t [B, C, H, W], t [B])."""
     def __init__(self, T=1000):
@@ -330,7 +318,6 @@ def zero_init(conv):
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
-
 class ResBlock(nn.Module):
     """Residual block that sees the embedding of t (and z): [B, c_in, H, W] -> [B, c_out, H, W]."""
     def __init__(self, c_in, c_out, c_emb, groups=1, dropout=0.0, scale_shift=False):
@@ -350,7 +337,6 @@ class ResBlock(nn.Module):
         else:
             r = self.norm2(r + e)
         return self.skip(h) + self.conv2(self.dropout(F.silu(r)))
-
 class Attention(nn.Module):
     """Residual multi-head self-attention over the pixels of [B, C, H, W]."""
     def __init__(self, channels, heads, groups=1):
@@ -363,7 +349,6 @@ class Attention(nn.Module):
                             qkv=3, heads=self.heads)
         a = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
         return h + self.out(rearrange(a, 'b heads (y x) d -> b (heads d) y x', y=h.shape[2]))
-
 class UNet(nn.Module):
     """eps_theta: x [B, in_channels, size, size], t [B], z [B, z_dim] -> [B, out_channels, ...].
     `attention` names resolutions; z_dim = 0: no z. bf16: in bfloat16 but for the float32 head."""
@@ -373,8 +358,7 @@ class UNet(nn.Module):
         last = len(multipliers) - 1
         if (size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}
                 or any(m * channels % heads for m in multipliers)):
-            raise ValueError(f'{last + 1} levels cannot halve {size}, attend at {attention}, or '
-                             f'divide {channels} channels times {multipliers} into {heads} heads')
+            raise ValueError(f'{last + 1} levels do not fit {size=}, {attention=} or {heads=}')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
         # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
@@ -405,7 +389,8 @@ class UNet(nn.Module):
         self.head_norm = nn.GroupNorm(groups, c)
         self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
     def forward(self, x, t, z=None):
-        with trunk_precision(x, self.bf16):
+        device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
             emb = self.time_mlp(time_embedding(t, self.channels))
             if self.z_mlp:
                 emb = emb + self.z_mlp(z)
@@ -428,7 +413,6 @@ def network_input(y_t, x_hat, form):
     # Formulation 1 (form == '1') and x_t = y_t + x_hat in Formulation 2 (form == '2').
     x_t = y_t if form == '1' else y_t + x_hat
     return torch.cat([x_t, x_hat], dim=1)
-
 class DiffuseVAE(nn.Module):
     """Frozen VAE, U-Net (2C channels in, and z if built for it); `forward` is the loss of stage 2.
     Form 'uncond' is a DDPM alone: vae = None and C channels in. image_shape = (C, H, W)."""
@@ -487,34 +471,33 @@ EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  #
 DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
 ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
 pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
-length = lambda epochs, images, batch: dict(batch=batch, steps=epochs * images // batch)
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
-def paper(size, width, encoder, decoder, multipliers, attention, vae, ddpm, **both):
-    """A preset of the paper: settings of both stages, of stage 1, and of stage 2."""
-    networks = dict(width=pairs(width), encoder=pairs(encoder), decoder=pairs(decoder))
+def paper(data, size, width, encoder, decoder, multipliers, attention, images, vae, ddpm,
+          dropout=0.1, lr=2e-4, flip=False):
+    """A preset of the paper: settings of both stages, stage 1, 2. vae, ddpm: epochs and batch."""
+    both = dict(data=data, size=size, width=pairs(width), encoder=pairs(encoder),
+                decoder=pairs(decoder))
     unet = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention, heads=8)
-    return (both | networks | dict(size=size), dict(lr=1e-4, warmup=1) | vae,
-            DDPM | unet | dict(dropout=0.1, lr=2e-4, warmup=5000) | ddpm)
+    vae, ddpm = [dict(batch=b, steps=epochs * images // b) for epochs, b in (vae, ddpm)]
+    return (both, dict(lr=1e-4, warmup=1, flip=flip) | vae,
+            DDPM | unet | dict(dropout=dropout, lr=lr, warmup=5000) | ddpm)
 PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
     'small': (dict(data='shapes'),
               dict(alpha=0.1, clip=100.0, ema=0.9999, batch=64, steps=1500), DDPM),
     'cifar10': paper(
-        32, '32:64,16:128,8:256,4:256,1:512', '32:7,16:4,8:4,4:3,1:3', '1:1,4:2,8:3,16:7,32:15',
-        (1, 2, 2, 2), (16,), length(500, 50_000, 128),
-        length(2850, 50_000, 256) | dict(dropout=0.3), data='cifar10'),
+        'cifar10', 32, '32:64,16:128,8:256,4:256,1:512', '32:7,16:4,8:4,4:3,1:3',
+        '1:1,4:2,8:3,16:7,32:15', (1, 2, 2, 2), (16,), 50_000, (500, 128), (2850, 256), 0.3),
     'celeba64': paper(
-        64, '64:64,32:128,16:256,8:256,4:256,1:512', '64:7,32:4,16:7,8:3,4:3,1:2',
-        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,),
-        length(245, 162_770, 32), length(500, 162_770, 128), data='celeba'),
+        'celeba', 64, '64:64,32:128,16:256,8:256,4:256,1:512', '64:7,32:4,16:7,8:3,4:3,1:2',
+        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,), 162_770, (245, 32), (500, 128)),
     'celebahq128': paper(
-        128, '128:64,64:64,32:128,16:128,8:256,4:512,1:1024', '128:1,64:3,32:3,16:7,8:3,4:3,1:2',
-        '1:1,4:2,8:2,16:6,32:2,64:2,128:1', (1, 2, 2, 3, 4), (8,), length(500, 30_000, 42),
-        length(1000, 30_000, 64) | dict(lr=2e-5), data='celebahq', flip=True),
+        'celebahq', 128, '128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
+        '128:1,64:3,32:3,16:7,8:3,4:3,1:2', '1:1,4:2,8:2,16:6,32:2,64:2,128:1',
+        (1, 2, 2, 3, 4), (8,), 30_000, (500, 42), (1000, 64), lr=2e-5, flip=True),
     'celebahq256': paper(
-        256, '256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
+        'celebahq', 256, '256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
         '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
-        (1, 1, 2, 2, 4, 4), (16,), length(500, 30_000, 16),
-        length(1000, 30_000, 64) | dict(lr=2e-5), data='celebahq', flip=True)}
+        (1, 1, 2, 2, 4, 4), (16,), 30_000, (500, 16), (1000, 64), lr=2e-5, flip=True)}
 def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
     """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
     return field(default=default, metadata=dict(locals()))
@@ -543,7 +526,7 @@ class Config:
     dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
     z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
     cond_drop: float = option(0.0, 'share of images trained without draft, for guidance', 0, 0.99)
-    precision: str = option(None, 'of trunks; default: fast', choices=('float32', 'bfloat16'))
+    precision: str = option(None, 'of the U-Net; default: fast', choices=('float32', 'bfloat16'))
     steps: int = option(2000, 'training steps; a larger number extends a run', 1, kind='free')
     batch: int = option(32, 'images a step', 1, 1_000_000)
     lr: float = option(2e-3, "Adam's learning rate", 0, 1)
@@ -579,6 +562,15 @@ class Sampling:
     json: str = option(None, 'file; default OUT/evaluate.json', kind='free', only='evaluate')
     path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
+@dataclass
+class Bench:
+    device: str = option(None, 'as for train')
+    tflops: float = option(50.0, 'TFLOP/s sustained, for the projection', 1e-6, 1e6)
+@dataclass
+class Handout:
+    out: str = option('student.py', 'file to write')
+    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
+    list: bool = option(False, 'print the exercises and their points instead')
 def resolve(given, before, path):
     """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
@@ -605,7 +597,7 @@ def build(config):
     c, C, bf16 = config, 1 if config.data in GREY else 3, config.precision == 'bfloat16'
     try:
         model = vae = None if c.form == 'uncond' else VAE(
-            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal, bf16)
+            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal)
         shape = C, c.size, c.size
         if c.stage == 2:
             unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
@@ -628,26 +620,23 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f'--device {name}: not on this machine; cpu always is') from error
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    # avx512_bf16 does not suffice: 1.4 times as fast as float32 on an AMD EPYC, 0.67 on a Xeon.
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}
+    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}  # times: NOTES 4
     fast = (cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
             or device.type == 'cuda' and torch.cuda.is_bf16_supported())
     return device, 'bfloat16' if fast else 'float32'
 def write_atomically(path, write):
     """write(buffer), then rename: `path` is the old file or the whole new one, never a part."""
-    def flush(place):  # to the disk: a checkpoint's bytes, then its new name in the folder
-        if path.suffix == '.pt' and os.name == 'posix':
-            descriptor = os.open(place, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
     buffer, beside = io.BytesIO(), path.with_name(f'{path.name}.part{RANK}')
     write(buffer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_bytes(buffer.getbuffer())
-        flush(beside)
+        with beside.open('wb') as file:
+            file.write(buffer.getbuffer())
+            os.fsync(file.fileno())  # the bytes are on the disk before they get their name
         os.replace(beside, path)
-        flush(path.parent)
+        if path.suffix == '.pt' and os.name == 'posix':  # and then a checkpoint's name, too
+            os.fsync(folder := os.open(path.parent, os.O_RDONLY))
+            os.close(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f'{path}: not written, as before; {error.strerror}') from error
@@ -712,7 +701,7 @@ def training_step(model, optimizer, inputs, clip):
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], clip)
     optimizer.step()
     return torch.stack([*losses, norm]).detach()
-def command_train(given):
+def command_train(given: Config):
     """train a stage: start, resume or extend it; defaults hold where the preset says nothing"""
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
@@ -725,19 +714,17 @@ def command_train(given):
     if stage == 2 and form != 'uncond' and not (saved or parent):
         raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
     config = resolve(given, (saved or parent or {}).get('config', {}), source)
-    config.precision = config.precision or precision
+    config.precision = config.precision or (precision if stage == 2 else 'float32')
     if config.batch % WORLD:
         raise UserError(f'--batch {config.batch}: {WORLD} processes cannot share it evenly')
     done = saved['step'] if saved else 0
     if config.steps <= done:
         return report(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
-    report(f'{path}: {config.data}, steps {done} to {config.steps}, {device}, {config.precision}, '
-           f'processes: {WORLD}', end=True)
+    report(f'{path}: steps {done} to {config.steps} on {device} in {config.precision}', end=True)
     return train(config, path, device, saved, parent)
 def train(config, path, device, saved, parent):
     """The loop of both stages, from the checkpoint at `path` or step 0; returns the exit code."""
-    images = load_images(config.data, config.root, config.size)
-    held_out = load_images(config.data, config.root, config.size, train=False)
+    images, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = initialise(config, parent, images).to(device, memory_format=torch.channels_last)
@@ -752,8 +739,7 @@ def train(config, path, device, saved, parent):
         optimizer.load_state_dict(saved['optimizer'])
     def save():
         pictures = sample_chunk(averaged, Sampling(), 0, 16) if config.stage == 2 else {
-            config.signal: averaged.signal(shown),
-            'draft': averaged.decode(averaged.encode(shown)[0])}
+            'image': averaged.signal(shown), 'draft': averaged.decode(averaged.encode(shown)[0])}
         write_grid(path.with_suffix('.png'), pictures.items(), config.data)
         table = [['step', *model.metrics, 'grad_norm', 'lr', 'images_per_s'], *rows]
         write_atomically(path.with_suffix('.csv'), lambda file: file.write(
@@ -783,9 +769,7 @@ def train(config, path, device, saved, parent):
             good = f'{path} is good, of step {kept}' if kept else 'nothing was saved before'
             raise FloatingPointError(f'step {bad}: loss or gradient not finite; lower --lr; {good}')
         means, rate = values.mean(dim=0), (done - first) / (now - start)
-        if WORLD > 1:
-            dist.all_reduce(means)
-        rows.append([done, *(means / WORLD).tolist(), lr, round(rate * config.batch, 1)])
+        rows.append([done, *means.tolist(), lr, round(rate * config.batch, 1)])
         text = '  '.join(f'{name} {x:.4g}' for name, x in zip(model.metrics, rows[-1][1:]))
         report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
                f'{left / rate / 60:.1f} min left', end=not left)
@@ -823,9 +807,8 @@ def paint(model, options, z, noise=None, draft=None):
     y_T = options.temperature * draw().expand(len(z), -1, -1, -1)
     if model.vae:
         draft = model.vae.decode(z) if draft is None else draft.to(model.device)
-    how = {name: getattr(options, name) for name in (
-        'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta', 'guidance')}
-    refined = model.refine(draft, z, y_T, draw, **how)
+    how = 'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta', 'guidance'
+    refined = model.refine(draft, z, y_T, draw, **{name: getattr(options, name) for name in how})
     return (dict(draft=draft.cpu()) if model.vae else {}) | dict(refined=refined.cpu())
 def sample_chunk(model, options, chunk, n, mixture=None):
     """The first n images of a chunk, as `paint` gives them; z from N(0, I) or a mixture."""
@@ -847,17 +830,16 @@ def write_grid(path, rows, data, columns=()):
     (labels, rows), left, top = zip(*rows), 64, 16 * bool(columns)
     rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1.0)  # to one length
     images = to_uint8(rows.flatten(0, 1), data)
-    grid = utils.make_grid(images, nrow=rows.shape[1], padding=1, pad_value=255)
+    grid = to_pil_image(utils.make_grid(images, nrow=rows.shape[1], padding=1, pad_value=255))
     s = max(1, 64 // images.shape[-1])  # about 64 pixels an image, or more
-    grid = to_pil_image(grid.repeat_interleave(s, 1).repeat_interleave(s, 2))
-    sheet = ImageOps.expand(grid, (left, top, 0, 0), 'white')
+    sheet = ImageOps.expand(ImageOps.scale(grid, s, Image.NEAREST), (left, top, 0, 0), 'white')
     text, step = ImageDraw.Draw(sheet).text, s * (images.shape[-1] + 1)
     for i, label in enumerate(labels):
         text((4, top + (i + 0.5) * step), label, 'black', anchor='lm')
     for i, label in enumerate(columns):
         text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
     write_atomically(path, partial(sheet.save, format='png'))
-def command_sample(options):
+def command_sample(options: Sampling):
     """generate images: a grid of drafts above refined images, or a folder of PNGs"""
     model, config, path = load_trained(options)
     num, start = options.num or CHUNK, time.monotonic()
@@ -960,11 +942,9 @@ def mixture_of(model, config, path, options):
     cache = path.with_name(f'{path.stem}-gmm{options.gmm}-{path.stat().st_mtime_ns}.pt')
     load = lambda path: [part.float() for part in torch.load(path, weights_only=True)]
     if not (mixture := read(cache, load, 'a mixture')):
-        (mu, logvar), _ = codes(model, config)
-        g = generator('gmm')
+        (mu, logvar), g = codes(model, config)[0], generator('gmm')
         z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
-        (w, m, S), log_p = fit_mixture(z, options.gmm, g)
-        print(f'{cache}: {len(log_p)} EM steps, log p(z) = {log_p[-1]:.2f} nats a code')
+        (w, m, S), _ = fit_mixture(z, options.gmm, g)
         mixture = [p.float() for p in (w, m, torch.linalg.cholesky(S))]
         write_atomically(cache, partial(torch.save, mixture))
     return mixture
@@ -975,7 +955,7 @@ def bound(model, x, generator, sigma='small', strata=20):
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
     #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
     #   L_0 = -log p(x_0|y_1), the mass of a Gaussian of variance beta~_2 in the bin of each pixel
-    alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64).to(x.device)
+    alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64, device=x.device)
     alpha_bar = rearrange(alpha_bar, 't -> t 1 1 1')
     T, x_0, x_hat, z, terms = len(alpha_bar), 2 * x.double() - 1, None, None, {}
     draw = lambda *shape: torch.randn(shape, generator=generator).to(x.device)
@@ -1009,15 +989,14 @@ def slerp(a, b, w):
     # Clamp the cosine: finite at theta = 0. The mean of two noises has only half their variance.
     theta = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
-def command_evaluate(options):
+def command_evaluate(options: Sampling):
     """a table of distances to held-out images: all trained models, by sampler and network calls"""
     options = replace(options, steps=1)  # each row has its own number
     models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
     config, num = models[0][1], options.num or (200 if options.bits else 500)
     T = options.start or config.timesteps
-    training, held_out = [load_images(config.data, config.root, config.size, train)
-                          for train in (True, False)]
+    training, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
     if num > len(held_out) or num * options.seeds > len(training):
         raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
     if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
@@ -1038,9 +1017,9 @@ def command_evaluate(options):
             steps = max(1, calls // (1 + (options.guidance > 0)))  # two calls a guided step
             row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
             rows[f'{sampler} {spacing}, {calls} calls'] = calls, 'refined', row
-        jobs |= {f'{FORMS[config.form]} {name}': (
-            calls, identity(row, path), partial(generated, what, model, mixture, row))
-            for name, (calls, what, row) in rows.items()}
+        for name, (calls, what, row) in rows.items():
+            images = partial(generated, what, model, mixture, row)
+            jobs[f'{FORMS[config.form]} {name}'] = calls, identity(row, path), images
     store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
     cells = read(store, lambda path: {k: torch.tensor(d).flatten(1).tolist() for k, d in
                  json.loads(path.read_text()).items()}, 'a table of evaluate') or {}
@@ -1051,11 +1030,10 @@ def command_evaluate(options):
     print(f'{len(todo)} of {len(jobs)} cells left, about {options.seeds * seconds / 60:.0f} min\n'
           f'Distance to {num} held-out images (not FID) +- standard error (by level)', flush=True)
     for name, (_, _, images) in jobs.items():
-        if key[name] not in cells:
-            cells[key[name]] = [sliced_wasserstein(images(i), real).tolist()
-                                for i in range(options.seeds)]
+        if (k := key[name]) not in cells:
+            cells[k] = [sliced_wasserstein(images(i), real).tolist() for i in range(options.seeds)]
             write_atomically(store, lambda file: file.write(json.dumps(cells).encode()))
-        d = torch.tensor(cells[key[name]])  # [seeds, levels]
+        d = torch.tensor(cells[k])  # [seeds, levels]
         error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
         print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
 def print_bits(models, x, options):
@@ -1082,13 +1060,12 @@ def held_out_codes(options):
     def write(name, rows, columns=()):
         write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
     return model, config, x, mu, write
-def command_reconstruct(options):
+def command_reconstruct(options: Sampling):
     """held-out images, the VAE's drafts of their mean codes, and these refined"""
     model, config, x, mu, write = held_out_codes(options)
     rows = {'image': x, config.signal: model.vae.signal(x)} | paint(model, options, mu)
     write('reconstruct', rows.items())
-
-def command_interpolate(options):
+def command_interpolate(options: Sampling):
     """between the codes of two held-out images with all noise shared; and between two noises"""
     model, _, x, mu, write = held_out_codes(options)
     w = torch.linspace(0, 1, options.num or 8)
@@ -1112,7 +1089,7 @@ def has_attribute(labels, text):
     if has.all() or not has.any():
         raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
     return has
-def command_edit(options):
+def command_edit(options: Sampling):
     """move codes along an attribute: the mean code of images with it minus that of those without"""
     model, config, x, mu, write = held_out_codes(options)
     (all_mu, _), labels = codes(model, config)
@@ -1121,31 +1098,56 @@ def command_edit(options):
     s = torch.linspace(-2, 2, options.num or 9)
     rows = [row for z in mu[:3] for row in paint(model, options, z + s[:, None] * d).items()]
     write('edit', rows, [f'{strength:+.1f}' for strength in s])
-def command_robust(options):
+def command_robust(options: Sampling):
     """damage a draft more and more before it is refined: by noise, by blur, by missing blocks"""
-    model, _, x, mu, write = held_out_codes(options)
+    model, _, _, mu, write = held_out_codes(options)
     strengths, g = torch.linspace(0, 1, options.num or 8), generator(options.seed, 'robust')
-    s, z, rows = rearrange(strengths, 'n -> n 1 1 1'), mu[:1].expand(len(strengths), -1), []
-    draft = model.vae.decode(z.to(model.device)).cpu()
-    noise = torch.randn(draft[:1].shape, generator=g)
+    s, rows = rearrange(strengths, 'n -> n 1 1 1'), []
+    draft = model.vae.decode(mu[:1].to(model.device)).cpu()
+    noise = (draft + 0.5 * s * torch.randn(draft.shape, generator=g)).clamp(0, 1)
+    blur = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
     block = torch.rand(1, 1, *[r // 4 for r in draft.shape[2:]], generator=g)  # of 4x4 pixels
-    blur = [gaussian_blur(x, 31, 0.01 + 6 * s.item()) for x, s in zip(draft, strengths)]
-    for name, damaged in dict(
-            noise=(draft + 0.5 * s * noise).clamp(0, 1), blur=torch.stack(blur),
-            blocks=draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())).items():
-        rows += [(name, damaged), ('refined', paint(model, options, z, draft=damaged)['refined'])]
-    write('robust', rows, [f'{s:.2f}' for s in strengths])
+    blocks = draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())
+    for name, x_hat in dict(noise=noise, blur=blur, blocks=blocks).items():
+        refined = paint(model, options, mu[:1].expand(len(s), -1), draft=x_hat)['refined']
+        rows += [(name, x_hat), ('refined', refined)]
+    write('robust', rows, [f'{v:.2f}' for v in strengths])
+def command_bench(options: Bench):
+    """speed of two networks as a share of the device's own, and what the presets' runs cost"""
+    device, fast = choose_device(options.device)
+    def setup(preset, stage, device, layout, **changes):
+        config = replace(resolve(dict(stage=stage, preset=preset), {}, ''), **changes)
+        images = Images(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8))
+        model = build(config).to(device, memory_format=layout)
+        return config, model, training_inputs(model, images, config, 0, device)
+    def flops(work):  # floating-point operations
+        with FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+    def speed(work):  # images/s and TFLOP/s, the fastest of five; the sum waits for the device
+        seconds = min(timeit.repeat(lambda: work().sum().item(), number=1, repeat=5))
+        return 16 / seconds, flops(work) / seconds / 1e12
+    print('A step in plain float32 and as in a run: images/s, TFLOP/s, share of a large product')
+    modes = ('float32', torch.contiguous_format), (fast, torch.channels_last)
+    for preset, (dtype, layout) in itertools.product(('small', 'cifar10'), modes):
+        _, model, inputs = setup(preset, 2, device, layout, batch=16, precision=dtype)
+        adam, (x, z, *_) = torch.optim.Adam(model.unet.parameters(), fused=True), inputs
+        square = torch.randn(4096, 4096, device=device, dtype=getattr(torch, dtype))
+        _, peak = speed(lambda: square @ square)
+        for name, work in (('training', lambda: training_step(model, adam, inputs, 1.0)),
+                ('sampling', lambda: model.eval().refine(x, z, x, float, steps=1))):  # float(): 0
+            images, rate = speed(work)
+            print(f'{preset:8} {dtype:8} {name} {images:9.1f} {rate:9.3f} {rate / peak:9.0%}')
+    print(f'\nA projection: FLOPs of a whole run, and hours at {options.tflops} TFLOP/s')
+    for preset, stage in itertools.product(PRESETS, (1, 2)):
+        config, model, inputs = setup(preset, stage, torch.device('meta'), torch.channels_last)
+        total = config.steps * flops(lambda: model(*inputs)[0].backward())
+        print(f'{preset:12} stage {stage} {total:9.1e} {total / 3600e12 / options.tflops:9.1f}')
 # ==== 10. COMMAND LINE, AND EXERCISES =============================================================
-@dataclass
-class Handout:
-    """All settings of `exercise`."""
-    out: str = option('student.py', 'file to write')
-    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
-    list: bool = option(False, 'print the exercises and their points instead')
 EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
                  predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
                  time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
-def command_exercise(options):
+def command_exercise(options: Handout):
     """write a copy of this file with the bodies of exercises blanked, for a student to fill in"""
     numbers, path = {name: i for i, name in enumerate(EXERCISES, 1)}, Path(options.out)
     if options.list:
@@ -1168,12 +1170,10 @@ def main(argv=None):
         raise UserError(message)
     parser = argparse.ArgumentParser('diffusevae.py', description=__doc__.split('\n')[0])
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for command in (command_train, command_sample, command_evaluate, command_reconstruct,
-                    command_interpolate, command_edit, command_robust, command_exercise):
-        settings = {command_train: Config, command_exercise: Handout}.get(command, Sampling)
-        name, text = command.__name__[8:], command.__doc__
+    for run in [value for name, value in globals().items() if name.startswith('command_')]:
+        name, text, (settings,) = run.__name__[8:], run.__doc__, run.__annotations__.values()
         sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
-        sub.set_defaults(run=command, settings=settings)
+        sub.set_defaults(run=run, settings=settings)
         sub.error = parser.error = fail
         for f in fields(settings):  # absent from the result unless given
             how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
