@@ -36,11 +36,11 @@ def generator(*key):
 #    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
 #    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
 KINDS = 'wide', 'circle', 'tall'
-def draw_shapes(n, generator, size=32):
-    """n striped shapes: uint8 [n, 3, size, size]; and their factors: kind, others in [0, 1]."""
+def draw_shapes(n, g, size=32):
+    """n striped shapes: uint8 [n, 3, size, size]; their factors: kind; unscaled, in [0, 1]."""
     # A VAE can learn the factors (hues from red to blue: a whole circle would not fit a Gaussian);
     # it blurs the stripes, 5 pixels a period in one of four directions, and the DDPM restores them.
-    u = torch.rand(8, n, 1, 1, generator=generator)  # eight uniform numbers an image
+    u = torch.rand(8, n, 1, 1, generator=g)  # eight uniform numbers an image
     kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
     center_x, center_y, radius = 0.435 + 0.13 * u[3], 0.435 + 0.13 * u[4], 0.27 + 0.08 * u[5]
     angle, phase = math.pi / 4 * (4 * u[6]).floor(), 2 * math.pi * u[7]
@@ -99,14 +99,14 @@ def load_images(data, root='data', size=32, train=True):
         paths = sorted((p for p in Path(data).rglob('*') if p.suffix.lower() in kinds), key=digest)
         split = max(1, sum(digest(path)[0] < 0.05 * 256 for path in paths))
         if len(paths) <= split:
-            raise UserError(f'--data {data}: not shapes (to 64x64), {", ".join(NAMED)} or a folder')
+            raise UserError(f'--data {data}: not shapes (to 64x64), {", ".join(NAMED)} or images')
         return Images(paths[split:] if train else paths[:split], size=size)
     dataset = NAMED[data]
     folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
     split = dict(split='train' if train else 'test') if data == 'celeba' else dict(train=train)
     try:
         found = dataset(root, download=True, **split)
-    except (RuntimeError, OSError, ValueError) as error:
+    except Exception as error:  # of the network, or of damaged files
         raise UserError(f'--data {data}: not in {root}/{folder}; no download: {error}') from error
     if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
         labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
@@ -121,7 +121,7 @@ def load_images(data, root='data', size=32, train=True):
 # ==== 2. VAE: the generator of drafts =============================================================
 #    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
 #    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
-#    log p(x) >= E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )
+#    log p(x, y) >= E_q(z|x)[ log p(y|z) ] - KL( q(z|x) || p(z) )      y = signal(x), usually x
 #              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
 def reparameterize(mu, logvar, eps):
     """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
@@ -192,9 +192,9 @@ class VAE(nn.Module):
     def decode(self, z):
         """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
         return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
-    def noise(self, n, generator):
+    def noise(self, n, g):
         """What a training step on n images draws: eps [n, z_dim]."""
-        return (torch.randn(n, self.z_dim, generator=generator),)
+        return (torch.randn(n, self.z_dim, generator=g),)
     def forward(self, x, eps):
         mu, logvar = self.encode(x)
         x_hat = self.decode(reparameterize(mu, logvar, eps))
@@ -206,7 +206,7 @@ class VAE(nn.Module):
 #    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
 #    baseline y_t := x_t.) So this section knows only y_t, and section 5 what the network is shown.
 #    alpha_bar is of time t, alpha_bar_next of a grid's next smaller time (1 after the last step):
-#    numbers or [B, 1, 1, 1]. In a step x_0 is an estimate. In code t = 0 ... T - 1 is 1 ... T.
+#    numbers; for q_... and predict_x0 also [B, 1, 1, 1]. In code t = 0 ... T - 1 is 1 ... T.
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
     # In float32 1 - alpha_bar_1 = 10^-4 has three digits: enough to train, not for the samplers.
@@ -361,7 +361,7 @@ class UNet(nn.Module):
             raise ValueError(f'{last + 1} levels do not fit {size=}, {attention=} or {heads=}')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        # GroupNorm takes each group's mean, with few channels the image's mean colour: so the
+        # GroupNorm takes away each group's mean, with few channels the image's mean colour: so the
         # paper's 32 groups from its 128 channels on, a single one below.
         groups = 32 if channels >= 128 else 1
         block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, groups, dropout, z_dim > 0)
@@ -405,10 +405,11 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
                 for layer in others:
                     h = layer(h)
-        return self.head(F.silu(self.head_norm(h.float())))
+        with torch.backends.cudnn.flags(allow_tf32=False):  # predict_x0 multiplies its error by 157
+            return self.head(F.silu(self.head_norm(h.float())))
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
 def network_input(y_t, x_hat, form):
-    """What eps_theta is shown of y_t and the draft, both [B, C, H, W]: [B, 2C, H, W]."""
+    """What eps_theta is shown of y_t and x_hat = 2 draft - 1, both [B, C, H, W]: [B, 2C, H, W]."""
     # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
     # Formulation 1 (form == '1') and x_t = y_t + x_hat in Formulation 2 (form == '2').
     x_t = y_t if form == '1' else y_t + x_hat
@@ -433,19 +434,19 @@ class DiffuseVAE(nn.Module):
         if self.form == 'uncond':
             return self.unet(y_t, t)
         return self.unet(network_input(y_t, x_hat, self.form), t, z)
-    def noise(self, n, generator):
+    def noise(self, n, g):
         """What a training step on n images draws: eps_z, t, eps, and who keeps the draft."""
-        # One t in each n-th of 0 ... T - 1, uniform for an image since their order is random: the
-        # loss falls 500-fold from t = 0 to T - 1, and batches of unlike t would differ by that.
+        # Image i gets t from the i-th n-th of 0 ... T - 1, uniform in all, for images are drawn at
+        # random: the loss falls 500-fold from t = 0 to T - 1; batches of unlike t would show that.
         T = len(self.diffusion.schedule)
-        t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
-        return (torch.randn(n, self.z_dim, generator=generator), t.long().clamp(max=T - 1),
-                torch.randn(n, *self.image_shape, generator=generator),
-                (torch.rand(n, generator=generator) >= self.cond_drop).float())
+        t = (torch.arange(n) + torch.rand(n, generator=g)) * T / n
+        return (torch.randn(n, self.z_dim, generator=g), t.long().clamp(max=T - 1),
+                torch.randn(n, *self.image_shape, generator=g),
+                (torch.rand(n, generator=g) >= self.cond_drop).float())
     def forward(self, x, eps_z, t, eps, keep):
         x_hat = z = None
         if self.vae:
-            with torch.no_grad():  # z is a sample of q(z|y), not its mean, and new in every step
+            with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
                 z = reparameterize(*self.vae.encode(x), eps_z)
                 x_hat = (2 * self.vae.decode(z) - 1) * rearrange(keep, 'b -> b 1 1 1')
                 z = z * rearrange(keep, 'b -> b 1')
@@ -533,7 +534,7 @@ class Config:
     warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
     clip: float = option(math.inf, 'largest norm of the gradient', 0, math.inf)
     ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
-    seed: int = option(0, 'seed of everything random', 0)
+    seed: int = option(0, 'seed of weights, batches and noise', 0)
     device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
     save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
 @dataclass
@@ -542,7 +543,7 @@ class Sampling:
     out: str = option('runs/shapes', 'folder of the run', kind='free')
     form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
     num: int = option(None, 'images: 64; evaluate 500 or 200; pictures 8 or 9', 1, kind='free')
-    steps: int = option(50, 'network calls an image', 1, only=DRAWING)
+    steps: int = option(50, 'steps, each a network call (two if guided)', 1, only=DRAWING)
     sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'), only=DRAWING)
     sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
     eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
@@ -572,7 +573,7 @@ class Handout:
     only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
     list: bool = option(False, 'print the exercises and their points instead')
 def resolve(given, before, path):
-    """The `Config` for `given` options and a checkpoint's settings: its own, stage 1's, or {}."""
+    """The `Config` for options `given` and settings of a checkpoint: resumed, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
     kept = {f.name: before[f.name] for f in fields(Config) if f.name in before and
             (f.metadata['kind'] == 'passed' or resume and f.metadata['kind'] == 'fixed')}
@@ -589,9 +590,9 @@ def resolve(given, before, path):
     config = Config(**networks | settings)
     if config.signal == 'grey' and config.data in GREY:
         raise UserError(f'--signal grey: the images of --data {config.data} are grey already')
-    return replace(config, flip=config.flip and config.data not in GREY)
+    return config
 # ==== 7. TRAINING: one loop for both stages =======================================================
-#    A stage is a module: noise(n, generator) draws for a step, forward(x, *noise) gives `metrics`.
+#    A stage is a module: noise(n, g) draws for a step, forward(x, *noise) gives `metrics`.
 def build(config):
     """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
     c, C, bf16 = config, 1 if config.data in GREY else 3, config.precision == 'bfloat16'
@@ -639,7 +640,7 @@ def write_atomically(path, write):
             os.close(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
-        raise UserError(f'{path}: not written, as before; {error.strerror}') from error
+        raise UserError(f'{path}: not written, left as it was; {error.strerror}') from error
 def read(path, parse, what):
     """parse(path), None if there is no such file, or a UserError if it is not `what`."""
     try:
@@ -655,7 +656,7 @@ def load_checkpoint(out, stage, form):
             raise ValueError(path)
         return saved
     path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
-    return path, read(path, parse, f'a stage {stage} form {form}')
+    return path, read(path, parse, f'a checkpoint of stage {stage} form {form}')
 def ema_update(averages, parameters, step, decay):
     """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
     # average <- d average + (1 - d) parameter, d = min(decay, (1 + step) / (10 + step)), for with
@@ -689,7 +690,7 @@ def training_inputs(model, images, config, step, device):
     indices = torch.randint(len(images), (config.batch,), generator=g)
     mirrored = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5 * config.flip
     x = images.batch(indices[mine])
-    x = torch.where(mirrored[mine], x.flip(3), x)
+    x = torch.where(mirrored[mine], x if config.data in GREY else x.flip(3), x)
     inputs = x, *(noise[mine] for noise in model.noise(config.batch, g))
     pinned = [tensor.pin_memory() for tensor in inputs] if device.type == 'cuda' else inputs
     return [tensor.to(device, non_blocking=True) for tensor in pinned]
@@ -702,7 +703,7 @@ def training_step(model, optimizer, inputs, clip):
     optimizer.step()
     return torch.stack([*losses, norm]).detach()
 def command_train(given: Config):
-    """train a stage: start, resume or extend it; defaults hold where the preset says nothing"""
+    """train a stage: start, resume or extend it; presets, "small" too, go before the defaults"""
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
         raise UserError(f'--form {form}: the VAE of stage 1 serves all forms; leave it out')
@@ -751,9 +752,8 @@ def train(config, path, device, saved, parent):
     if WORLD > 1:  # every process has all weights; gradients are averaged over processes
         dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
         parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    stop = []  # Ctrl-C, or a cluster's SIGTERM: save and leave; a second one kills
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
+    stop = []  # Ctrl-C: save and leave; a second one kills
+    signal.signal(signal.SIGINT, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
     kept, start, save_time = first, time.monotonic(), time.monotonic()
     for step in range(first, config.steps):
         inputs = training_inputs(model, images, config, step, device)
@@ -792,7 +792,7 @@ def load_trained(options, form=None):
     config, (device, _) = Config(**saved['config']), choose_device(options.device)
     config.precision = 'float32' if options.bits else config.precision
     if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
-        raise UserError(f'--steps {options.steps}: at most --start, T = {config.timesteps}')
+        raise UserError(f'--steps {options.steps}: --steps <= --start <= T = {config.timesteps}')
     if options.guidance and not (config.cond_drop and config.form != 'uncond'):
         raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
     model = build(config).eval().to(device, memory_format=torch.channels_last)
@@ -881,7 +881,7 @@ def laplacian_pyramid(x):
     levels = []
     while x.shape[-1] >= 16:
         low = F.conv2d(F.pad(x, [2] * 4, 'reflect'), kernel, stride=2, groups=x.shape[1])
-        levels.append(x - F.interpolate(low, scale_factor=2, mode='bilinear'))
+        levels.append(x - F.interpolate(low, size=x.shape[2:], mode='bilinear'))
         x = low
     return [*levels, x]
 def sliced_wasserstein(images, real, patches=64, directions=128):
@@ -912,13 +912,13 @@ def em_step(z, r, ridge=1e-6):
     log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
     joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
     return (w, m, S), joint.softmax(dim=1), joint.logsumexp(dim=1).mean()
-def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
+def fit_mixture(z, K, g, iterations=100, ridge=1e-6):
     """EM for z [N, D]: weights, means, covariances; and each iteration's mean log-likelihood."""
-    means = z[torch.randperm(len(z), generator=generator)[:K]]
+    means = z[torch.randperm(len(z), generator=g)[:K]]
     for _ in range(10):  # k-means: every z to its nearest mean, every mean to its z's
-        r = F.one_hot(torch.cdist(z, means).argmin(1), K).to(z)  # [N, K]
+        r = F.one_hot(torch.cdist(z, means).argmin(1), len(means)).to(z)  # [N, K]
         means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
-    r, likelihoods = 0.99 * r + 0.01 / K, []  # no component is empty
+    r, likelihoods = 0.99 * r + 0.01 / len(means), []  # no component is empty
     for _ in range(iterations):
         mixture, r, log_p = em_step(z, r, ridge)
         likelihoods.append(log_p.item())
@@ -948,7 +948,7 @@ def mixture_of(model, config, path, options):
         mixture = [p.float() for p in (w, m, torch.linalg.cholesky(S))]
         write_atomically(cache, partial(torch.save, mixture))
     return mixture
-def bound(model, x, generator, sigma='small', strata=20):
+def bound(model, x, g, sigma='small', strata=20):
     """Upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
     The chain's sum takes one random t of each of `strata` parts; T - 1 parts are the whole sum."""
     # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0):
@@ -958,7 +958,7 @@ def bound(model, x, generator, sigma='small', strata=20):
     alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64, device=x.device)
     alpha_bar = rearrange(alpha_bar, 't -> t 1 1 1')
     T, x_0, x_hat, z, terms = len(alpha_bar), 2 * x.double() - 1, None, None, {}
-    draw = lambda *shape: torch.randn(shape, generator=generator).to(x.device)
+    draw = lambda *shape: torch.randn(shape, generator=g).to(x.device)
     total = lambda term: term.flatten(1).sum(1)
     if model.vae:
         mu, logvar = model.vae.encode(x)
@@ -971,7 +971,7 @@ def bound(model, x, generator, sigma='small', strata=20):
     last, chain = alpha_bar[-1], 0
     terms['L_T'] = total(kl_normal(Normal(last**0.5 * x_0, (1 - last) ** 0.5), Normal(0.0, 1.0)))
     for part in torch.arange(1, T).tensor_split(strata):
-        t = part[(len(part) * torch.rand(len(x), generator=generator)).long()].to(x.device)
+        t = part[(len(part) * torch.rand(len(x), generator=g)).long()].to(x.device)
         difference, v_q = q_posterior(x_0 - prediction(t), 0, alpha_bar[t], alpha_bar[t - 1])
         v_p = v_q if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
         kl = kl_normal(Normal(difference, v_q**0.5), Normal(0.0, v_p**0.5))
@@ -995,10 +995,10 @@ def command_evaluate(options: Sampling):
     models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
     config, num = models[0][1], options.num or (200 if options.bits else 500)
-    T = options.start or config.timesteps
+    T = options.start or min(config.timesteps for _, config, _ in models)
     training, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
     if num > len(held_out) or num * options.seeds > len(training):
-        raise UserError(f'--num {num}: there are {len(training)} and {len(held_out)} images')
+        raise UserError(f'--num {num}: of {len(training)} training, {len(held_out)} other images')
     if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     real = held_out.batch(range(num))
@@ -1009,7 +1009,7 @@ def command_evaluate(options: Sampling):
         return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
                           for chunk, part in enumerate(real.split(CHUNK))])
     jobs = {'floor: training images': (  # name: network calls, origin, images of the i-th seed
-        0, '', lambda i: training.batch(range(i * num, (i + 1) * num)))}
+        0, f'{config.data} {config.size}', lambda i: training.batch(range(i * num, (i + 1) * num)))}
     for model, config, path in models:
         mixture = mixture_of(model, config, path, options)
         rows = {'drafts': (1, 'draft', options)} if model.vae else {}
@@ -1081,7 +1081,7 @@ def has_attribute(labels, text):
     """Which images have an attribute, e.g. kind=circle, digit=3, size>0.5 or Smiling: bool [N]."""
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '').groups()
     try:
-        number = KINDS.index(value) if value in KINDS else float(value or 1)
+        number = KINDS.index(value) if name == 'kind' else float(value or 1)
         has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)
     except (KeyError, ValueError) as error:
         raise UserError(f'--attribute {text}: there are {", ".join(labels) or "no labels"}; kinds '
@@ -1107,7 +1107,7 @@ def command_robust(options: Sampling):
     noise = (draft + 0.5 * s * torch.randn(draft.shape, generator=g)).clamp(0, 1)
     blur = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
     block = torch.rand(1, 1, *[r // 4 for r in draft.shape[2:]], generator=g)  # of 4x4 pixels
-    blocks = draft.where(F.interpolate(block, scale_factor=4) >= s, draft.mean())
+    blocks = draft.where(F.interpolate(block, size=draft.shape[2:]) >= s, draft.mean())
     for name, x_hat in dict(noise=noise, blur=blur, blocks=blocks).items():
         refined = paint(model, options, mu[:1].expand(len(s), -1), draft=x_hat)['refined']
         rows += [(name, x_hat), ('refined', refined)]
@@ -1135,7 +1135,7 @@ def command_bench(options: Bench):
         square = torch.randn(4096, 4096, device=device, dtype=getattr(torch, dtype))
         _, peak = speed(lambda: square @ square)
         for name, work in (('training', lambda: training_step(model, adam, inputs, 1.0)),
-                ('sampling', lambda: model.eval().refine(x, z, x, float, steps=1))):  # float(): 0
+                ('sampling', lambda: model.eval().refine(x, z, x, lambda: 0, steps=1))):
             images, rate = speed(work)
             print(f'{preset:8} {dtype:8} {name} {images:9.1f} {rate:9.3f} {rate / peak:9.0%}')
     print(f'\nA projection: FLOPs of a whole run, and hours at {options.tflops} TFLOP/s')
@@ -1178,7 +1178,7 @@ def main(argv=None):
         for f in fields(settings):  # absent from the result unless given
             how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
                 type=f.type, choices=f.metadata['choices'])
-            default = '' if f.default in (None, False, ()) else f' (default {f.default})'
+            default = '' if str(f.default) in ('None', 'False', '()') else f' (default {f.default})'
             if name in (f.metadata['only'] or name):
                 sub.add_argument(*['-o'] * (f.name == 'out'), f'--{f.name.replace("_", "-")}',
                                  default=argparse.SUPPRESS, **how, required=f.name == 'stage',

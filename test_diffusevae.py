@@ -1114,8 +1114,10 @@ def test_digits_are_padded_to_32_and_never_mirrored(tmp_path, data, folder, labe
     assert x[:, :, 2:-2, 2:-2].max() > 0.9 and x.sum() == x[:, :, 2:-2, 2:-2].sum()
     assert dv.to_uint8(x, data).shape == (2, 1, 28, 28)
     assert not torch.equal(x, dv.load_images(data, tmp_path, train=False).batch([0, 1]))
-    for stage in (1, 2):
-        assert not config(stage, data=data).flip and not config(stage, data=data, flip=True).flip
+    c, model = config(2, data=data, flip=True), types.SimpleNamespace(noise=lambda n, g: ())
+    x, = dv.training_inputs(model, images, c, 0, torch.device('cpu'))
+    known = images.batch(range(40)).flatten(1)
+    assert all((known == row).all(dim=1).any() for row in x.flatten(1))
 
 
 def test_cifar10_keeps_its_channels(tmp_path, monkeypatch):
@@ -1900,7 +1902,7 @@ def test_full_disk_loses_nothing(trained, tmp_path, capsys):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         error = capsys.readouterr().err
-        assert code == 2 and 'not written, as before' in error and error.count('\n') == 1
+        assert code == 2 and 'not written, left as it was' in error and error.count('\n') == 1
         assert path.read_bytes() == before and not [*tmp_path.rglob('*.part*')]
     assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 20) == 0
 
@@ -2119,6 +2121,8 @@ def test_mixture_recovers_a_known_one_and_its_likelihood_never_falls():
     assert likelihoods[-1] == pytest.approx(torchs.log_prob(z).mean().item(), abs=1e-9)
     one, _ = dv.fit_mixture(z, 1, dv.generator(2), ridge=0.0)
     assert torch.allclose(one[1][0], z.mean(0)) and torch.allclose(one[2][0], z.T.cov(correction=0))
+    (share, *_), likelihoods = dv.fit_mixture(z[:5], 9, dv.generator(2))  # more than there are z
+    assert share.sum() == pytest.approx(1) and math.isfinite(likelihoods[-1])
 
 
 LEVELS = torch.arange(256).double() * 2 / 255 - 1
@@ -2272,6 +2276,7 @@ def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
     text = capsys.readouterr().out
     table = {key.split(' 30 2 ')[0]: d for key, d in json.loads(file.read_text()).items()}
     assert 'about' in text and len(table) == 1 + 2 + 3 * 3
+    assert 'floor: training images 30 2 shapes 32' in file.read_text()  # not another set's
     assert all(len(seeds) == 2 and len(seeds[0]) == 3 for seeds in table.values())
     assert all(a != b for a, b in table.values())  # two seeds, two sets of images
     assert {'form1 ddim quadratic, 2 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
@@ -2385,6 +2390,9 @@ def test_attributes():
     assert has('Smiling') == [False, True, True, False]
     with pytest.raises(dv.UserError, match='no labels'):
         dv.has_attribute({}, 'kind=tall')
+    for unclear in ('kind', 'size>circle'):
+        with pytest.raises(dv.UserError, match=unclear):
+            has(unclear)
 
 
 def test_robust_damages_more_and_more(trained):
@@ -2584,9 +2592,9 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
         assert 'stage2-form1.pt' in fails('train', '--stage', 2, '--out', tmp_path / 'copy')
         assert path.read_bytes() == damaged
     path.write_bytes((trained / 'stage1.pt').read_bytes())
-    assert 'not a stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
+    assert 'not a checkpoint of stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
     path.write_bytes((trained / 'stage2-form2.pt').read_bytes())
-    assert 'not a stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
+    assert 'not a checkpoint of stage 2 form 1' in fails('sample', '--out', tmp_path / 'copy')
     (tmp_path / 'file').write_text('a file, not a folder')
     assert 'file' in fails('train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *NARROW)
     assert '--steps' in fails('sample', '--out', trained, '--steps', 1001)
