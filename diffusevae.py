@@ -465,7 +465,7 @@ class DiffuseVAE(nn.Module):
                 eps = (1 + guidance) * eps - guidance * null
             return eps
         return (self.diffusion.sample(eps_theta, y_T, noise, **how) + 1) / 2
-# ==== 6. SETTINGS: one table; the command line and its --help are made from it ====================
+# ==== 6. SETTINGS: tables of options; the annotation of a command names the one it takes ==========
 #    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
 EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
@@ -673,7 +673,7 @@ def report(text, end=False, last=[0.0]):
 def initialise(config, parent, images):
     """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
     torch.manual_seed(config.seed)
-    model = build(config)
+    model = build(config).to(memory_format=torch.channels_last)
     if config.stage == 1 and config.preset == 'small':  # by default a branch has 1% of its input
         for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
             nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
@@ -728,7 +728,7 @@ def train(config, path, device, saved, parent):
     images, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
     shown = held_out.batch(range(min(16, len(held_out)))).to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = initialise(config, parent, images).to(device, memory_format=torch.channels_last)
+    model = initialise(config, parent, images).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
