@@ -725,8 +725,8 @@ def command_train(given: Config):
     return train(config, path, device, saved, parent)
 def train(config, path, device, saved, parent):
     """The loop of both stages, from the checkpoint at `path` or step 0; returns the exit code."""
-    images, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
-    shown = held_out.batch(range(min(16, len(held_out)))).to(device)
+    images, unseen = [load_images(config.data, config.root, config.size, t) for t in (True, False)]
+    shown = unseen.batch(range(min(16, len(unseen)))).to(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     model = initialise(config, parent, images).to(device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -996,9 +996,9 @@ def command_evaluate(options: Sampling):
               and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
     config, num = models[0][1], options.num or (200 if options.bits else 500)
     T = options.start or min(config.timesteps for _, config, _ in models)
-    training, held_out = [load_images(config.data, config.root, config.size, t) for t in (1, 0)]
-    if num > len(held_out) or num * options.seeds > len(training):
-        raise UserError(f'--num {num}: of {len(training)} training, {len(held_out)} other images')
+    train, held_out = [load_images(config.data, config.root, config.size, t) for t in (True, False)]
+    if num > len(held_out) or num * options.seeds > len(train):
+        raise UserError(f'--num {num}: of {len(train)} training, {len(held_out)} other images')
     if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     real = held_out.batch(range(num))
@@ -1009,7 +1009,7 @@ def command_evaluate(options: Sampling):
         return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
                           for chunk, part in enumerate(real.split(CHUNK))])
     jobs = {'floor: training images': (  # name: network calls, origin, images of the i-th seed
-        0, f'{config.data} {config.size}', lambda i: training.batch(range(i * num, (i + 1) * num)))}
+        0, f'{config.data} {config.size}', lambda i: train.batch(range(i * num, (i + 1) * num)))}
     for model, config, path in models:
         mixture = mixture_of(model, config, path, options)
         rows = {'drafts': (1, 'draft', options)} if model.vae else {}

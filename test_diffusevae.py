@@ -2290,6 +2290,19 @@ def test_evaluate_prints_every_model_and_resumes(trained, tmp_path, capsys):
         assert run(*command, *bad) == 2 and bad[0] in capsys.readouterr().err
 
 
+def test_all_commands_see_the_same_training_and_held_out_images(trained, tmp_path, monkeypatch):
+    """The shapes are a function of True or False: 1 or 0 would draw others."""
+    load, seen = dv.load_images, []
+    monkeypatch.setattr(dv, 'load_images', lambda data, root, size, train=True: seen.append(train)
+                        or load(data, root, size, train))
+    evaluate = ['evaluate', '--form', 1, '--num', 8, '--calls', 1, '--json', tmp_path / 'j']
+    assert run(*evaluate, '--out', trained) == 0
+    assert run('reconstruct', '--out', trained, '--steps', 1) == 0
+    shutil.copytree(trained, tmp_path / 'more')
+    assert run('train', '--stage', 1, '--steps', 50, '--out', tmp_path / 'more') == 0
+    assert {*map(repr, seen)} == {'True', 'False'}
+
+
 def test_evaluate_bits_has_the_code_only_with_a_vae(trained, capsys):
     assert run('evaluate', '--out', trained, '--bits', '--num', 4) == 0
     lines = capsys.readouterr().out.splitlines()
