@@ -11,7 +11,7 @@ lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
     python diffusevae.py train --stage 2      # the DDPM on its drafts
     python diffusevae.py sample               # drafts above refined images, as a PNG
-Measured on 2 AMD EPYC cores: 9 minutes; refined 85% of the real finest detail, drafts 17%: NOTES 5.
+Measured on 2 AMD EPYC cores: 9 to 10 minutes; 90% of the real finest detail (drafts: 18%): NOTES 5.
 """
 import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time, timeit
 from concurrent.futures import ThreadPoolExecutor
@@ -565,10 +565,12 @@ class Sampling:
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
 @dataclass
 class Bench:
+    """All settings of `bench`."""
     device: str = option(None, 'as for train')
     tflops: float = option(50.0, 'TFLOP/s sustained, for the projection', 1e-6, 1e6)
 @dataclass
 class Handout:
+    """All settings of `exercise`."""
     out: str = option('student.py', 'file to write')
     only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
     list: bool = option(False, 'print the exercises and their points instead')
@@ -604,9 +606,8 @@ def build(config):
             unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
                         c.attention, c.heads, c.dropout, vae.z_dim * c.z_cond if vae else 0, bf16)
             model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), c.form, shape, c.cond_drop)
-        # A step on the meta device computes shapes only; it finds layers that do not fit together.
         step = torch.zeros(2, *shape), *model.noise(2, generator())
-        copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])
+        copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])  # do layers fit?
     except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
         if isinstance(error, NotImplementedError):  # an exercise that is not solved
             raise
@@ -811,8 +812,7 @@ def paint(model, options, z, noise=None, draft=None):
     refined = model.refine(draft, z, y_T, draw, **{name: getattr(options, name) for name in how})
     return (dict(draft=draft.cpu()) if model.vae else {}) | dict(refined=refined.cpu())
 def sample_chunk(model, options, chunk, n, mixture=None):
-    """The first n images of a chunk, as `paint` gives them; z from N(0, I) or a mixture."""
-    # All CHUNK are drawn even if n is smaller, so that image i is the same for every --num.
+    """`paint`ed: the first n images of a chunk (the same for every n); z ~ N(0, I) or a mixture."""
     g = generator(options.seed, 'chunk', chunk)
     z = torch.randn(CHUNK, model.z_dim, generator=g)
     if mixture:  # z = m_k + L_k eps
