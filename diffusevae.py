@@ -165,13 +165,14 @@ def backbone(blocks, width):
     for r, r_next in zip(resolutions, [*resolutions[1:], resolutions[-1]]):
         modules += [VAEBlock(width[r], r) for _ in range(blocks[r] + (r_next < r))]
         if r_next != r:
-            modules += [nn.AvgPool2d(r // r_next) if r_next < r else nn.Upsample(
-                scale_factor=r_next // r), nn.Conv2d(width[r], width[r_next], 1, bias=False)]
+            resize = nn.AvgPool2d(r // r_next) if r_next < r else nn.Upsample(None, r_next // r)
+            modules += [resize, nn.Conv2d(width[r], width[r_next], 1, bias=False)]
     return nn.Sequential(*modules)
 SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
-    image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
-    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4), masked=lambda x:
-    x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))  # the centre is blank
+    image=lambda x: x,
+    grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
+    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4),
+    masked=lambda x: x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
     `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
@@ -181,8 +182,7 @@ class VAE(nn.Module):
         self.z_dim, self.alpha, self.signal = width[1], alpha, SIGNALS[signal]
         self.stem = nn.Conv2d(C, width[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, width)
-        self.mu = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
-        self.logvar = nn.Conv2d(width[1], self.z_dim, 1, bias=False)
+        self.mu, self.logvar = [nn.Conv2d(width[1], self.z_dim, 1, bias=False) for _ in range(2)]
         self.decoder = backbone(decoder, width)
         self.head = nn.Conv2d(width[size], C, 3, padding=1)
     def encode(self, x):
@@ -470,8 +470,10 @@ class DiffuseVAE(nn.Module):
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
 EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
 DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
-ints = lambda text: tuple(int(n) for n in text.split(',') if n)  # '1,2,2' -> (1, 2, 2)
-pairs = lambda text: dict(ints(pair.replace(':', ',')) for pair in text.split(','))  # '32:16,1:32'
+def ints(text):  # '1,2,2' -> (1, 2, 2)
+    return tuple(int(n) for n in text.split(',') if n)
+def pairs(text):  # '32:16,1:32' -> {32: 16, 1: 32}
+    return dict(ints(pair.replace(':', ',')) for pair in text.split(','))
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
 def paper(data, size, width, encoder, decoder, multipliers, attention, images, vae, ddpm,
           dropout=0.1, lr=2e-4, flip=False):
@@ -564,16 +566,13 @@ class Sampling:
     path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
     attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
 @dataclass
-class Bench:
-    """All settings of `bench`."""
-    device: str = option(None, 'as for train')
-    tflops: float = option(50.0, 'TFLOP/s sustained, for the projection', 1e-6, 1e6)
-@dataclass
-class Handout:
-    """All settings of `exercise`."""
-    out: str = option('student.py', 'file to write')
-    only: ints = option((), 'numbers of the exercises to blank, 1,2,5; default: all')
-    list: bool = option(False, 'print the exercises and their points instead')
+class Other:
+    """All settings of `bench` and `exercise`."""
+    device: str = option(None, 'as for train', only='bench')
+    tflops: float = option(50.0, 'TFLOP/s sustained, to project', 1e-6, 1e6, only='bench')
+    out: str = option('student.py', 'file to write', only='exercise')
+    only: ints = option((), 'exercises to blank, 1,2,5; default: all', only='exercise')
+    list: bool = option(False, 'print the exercises and their points instead', only='exercise')
 def resolve(given, before, path):
     """The `Config` for options `given` and settings of a checkpoint: resumed, stage 1's, or {}."""
     resume = before.get('stage') == given['stage']
@@ -1112,7 +1111,7 @@ def command_robust(options: Sampling):
         refined = paint(model, options, mu[:1].expand(len(s), -1), draft=x_hat)['refined']
         rows += [(name, x_hat), ('refined', refined)]
     write('robust', rows, [f'{v:.2f}' for v in strengths])
-def command_bench(options: Bench):
+def command_bench(options: Other):
     """speed of two networks as a share of the device's own, and what the presets' runs cost"""
     device, fast = choose_device(options.device)
     def setup(preset, stage, device, layout, **changes):
@@ -1147,7 +1146,7 @@ def command_bench(options: Bench):
 EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
                  predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
                  time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
-def command_exercise(options: Handout):
+def command_exercise(options: Other):
     """write a copy of this file with the bodies of exercises blanked, for a student to fill in"""
     numbers, path = {name: i for i, name in enumerate(EXERCISES, 1)}, Path(options.out)
     if options.list:
@@ -1191,7 +1190,8 @@ def main(argv=None):
             if None not in (value, low) and not low <= value <= high:  # nan is out of any range
                 raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
         return run(given if settings is Config else settings(**given)) or 0
-    except (UserError, OSError, NotImplementedError, FloatingPointError) as error:
+    except (UserError, OSError, NotImplementedError, FloatingPointError,
+            torch.OutOfMemoryError) as error:  # the last: of CUDA, e.g. by too large a --batch
         print('error:', ' '.join(str(error).splitlines()), file=sys.stderr)
         return 1 if isinstance(error, FloatingPointError) else 2
     except KeyboardInterrupt:
