@@ -773,7 +773,7 @@ def train(config, path, device, saved, parent):
         text = '  '.join(f'{name} {x:.4g}' for name, x in zip(model.metrics, rows[-1][1:]))
         report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
                f'{left / rate / 60:.1f} min left', end=not left)
-        if RANK == 0 and (not left or stop or now - save_time > config.save_every):
+        if RANK == 0 and (not left or stop or now - save_time + 10 / rate > config.save_every):
             save()
             kept, save_time = done, time.monotonic()
         if stop:

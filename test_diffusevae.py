@@ -1845,6 +1845,27 @@ class SlopeOf(torch.autograd.Function):
         return torch.full(ctx.shape, math.inf), grad
 
 
+def test_a_kill_loses_at_most_save_every_seconds(tmp_path, monkeypatch):
+    """Ten steps take 21 seconds of this clock, --save-every 60: it saves at the twentieth, not
+    at the thirtieth."""
+    clock, saved, step, write = [0.0], [], dv.training_step, dv.write_atomically
+
+    def training_step(*args):
+        clock[0] += 2.1
+        return step(*args)
+
+    def write_atomically(path, what):
+        write(path, what)
+        if path.suffix == '.pt':
+            saved.append(torch.load(path, weights_only=True)['step'])
+
+    monkeypatch.setattr(dv, 'training_step', training_step)
+    monkeypatch.setattr(dv, 'write_atomically', write_atomically)
+    monkeypatch.setattr(dv, 'time', types.SimpleNamespace(monotonic=lambda: clock[0]))
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 70, *NARROW) == 0
+    assert saved == [20, 40, 60, 70]
+
+
 def test_ctrl_c_saves_says_how_to_go_on_and_changes_nothing(tmp_path, capsys, monkeypatch):
     """An interruption in step 13 of 30: exit code 130; the resumed run equals the whole one."""
     command = ['train', '--stage', 1, '--steps', 30, *NARROW, '--ema', 0.9, '--flip']
