@@ -861,8 +861,7 @@ def command_sample(options: Sampling):
     before = read(note, lambda note: json.loads(note.read_text()), 'the settings of images')
     if before not in (None, settings):
         raise UserError(f'--png {folder}: was made with {before}')
-    if RANK == 0:
-        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     for first in range(RANK * CHUNK, num, WORLD * CHUNK):  # processes share the chunks
         end = min(num, first + CHUNK)
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
@@ -1051,10 +1050,11 @@ def print_bits(models, x, options):
 def held_out_codes(options):
     """For pictures: model, `Config`, held-out images, their mean codes, and what writes rows."""
     model, config, path = load_trained(options)
-    if not model.vae:
-        raise UserError('--form uncond: has neither code nor draft; take --form 1 or 2')
+    if (num := options.num or 8) > CHUNK or not model.vae:
+        raise UserError(f'--form {config.form} --num {num}: only form 1 or 2, which have a draft, '
+                        f'and up to {CHUNK} columns')
     held_out = load_images(config.data, config.root, config.size, train=False)
-    x = held_out.batch([i % len(held_out) for i in range(max(2, min(options.num or 8, 64)))])
+    x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
     mu = model.vae.encode(x.to(model.device))[0].cpu()
     def write(name, rows, columns=()):
         write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)

@@ -2444,6 +2444,9 @@ def test_robust_damages_more_and_more(trained, monkeypatch):
 def test_pictures_need_a_draft_and_guidance_needs_dropping(trained, capsys):
     assert run('reconstruct', '--out', trained, '--form', 'uncond') == 2
     assert 'uncond' in capsys.readouterr().err
+    for command in ('reconstruct', 'interpolate', 'edit', 'robust'):
+        assert run(command, '--out', trained, '--num', 10**9) == 2  # not all of the memory
+        assert 'up to 64' in capsys.readouterr().err
     assert run('sample', '--out', trained, '--guidance', 2) == 2
     assert '--cond-drop' in capsys.readouterr().err
 
@@ -2713,7 +2716,7 @@ def test_processes_share_batches_and_chunks(trained, tmp_path, monkeypatch, caps
                    '--num', 130, '--steps', 1) == 0
         names = sorted(path.name for path in (tmp_path / str(rank) / 'refined').iterdir())
         assert names == [f'{i:06}.png' for i in numbers]
-    assert not (tmp_path / '1/settings.json').exists() and (tmp_path / '0/settings.json').exists()
+        assert (tmp_path / str(rank) / 'settings.json').exists()
     assert run('train', '--stage', 1, '--batch', 5, '--out', tmp_path / 'odd') == 2
     assert '--batch 5' in capsys.readouterr().err
 
