@@ -5,7 +5,7 @@ from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' cod
 
     z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
                                                                v  (as extra input channels)
-    y_T ~ N(0, I) ---> U-Net, a few steps back in time: y_T -> ... -> y_0 = x_0, a sharp image
+    x_T, pure noise ---> U-Net, a few steps back in time: x_T -> ... -> x_0, a sharp image
 z, here 16 numbers, fixes the layout; the diffusion model (DDPM) paints the detail that the draft
 lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no files.
     python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
@@ -190,7 +190,7 @@ class VAE(nn.Module):
         h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
         return self.mu(h).flatten(1), self.logvar(h).flatten(1)
     def decode(self, z):
-        """The draft x_hat, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
+        """The draft x_hat, the mean of p(y|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
         return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
     def noise(self, n, g):
         """What a training step on n images draws: eps [n, z_dim]."""
@@ -251,8 +251,8 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     return alpha_bar_next**0.5 * x_0 + direction + sigma * noise
 def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     """DPM-Solver++(2M) step (arXiv 2211.01095); previous = (x_0, alpha_bar) one step earlier."""
-    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) the sampler's ODE is solved exactly but for
-    # an integral of x_0: two values give it to second order, the first step has one. Last: x_0.
+    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) DDIM's ODE is solved exactly but for an
+    # integral of x_0: two values give it to second order, the first step has one. Last: x_0.
     if alpha_bar_next == 1:
         return x_0
     lam = lambda a: 0.5 * math.log(a / (1 - a))
@@ -273,8 +273,8 @@ def time_grid(T, n, spacing='uniform'):
     return grid[::-1]
 def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels; alpha_bar [T], t [B]."""
-    # The chain's KL terms compare Gaussians of one variance: squared errors of eps, weighted by t.
-    # This, the reweighted DDPM term, drops the weights. y_t ~ q(y_t|x_0), each image at its own t.
+    # The chain's KL terms compare Gaussians of one variance: squared errors of eps times weights
+    # w_t. The reweighted DDPM term sets w_t = 1. y_t ~ q(y_t|x_0), each image at its own t.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
 class Diffusion(nn.Module):
@@ -285,8 +285,8 @@ class Diffusion(nn.Module):
         self.schedule = alpha_bar.tolist()  # for the samplers: Python floats are float64
         self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)
     @torch.no_grad()
-    def sample(self, eps_theta, y_T, noise, steps, sampler='ddim', spacing='quadratic', start=None,
-               sigma='large', eta=0.0):
+    def sample(self, eps_theta, y_T, noise, steps, sampler='ddpm', spacing='quadratic', start=None,
+               sigma='small', eta=0.0):
         """The reverse chain, from y_T [B, C, H, W] to x_0 in [-1, 1] in `steps` network calls.
         noise() draws N(0, I) that broadcasts to y_T's shape; start < T truncates the chain."""
         y, previous = y_T, None
@@ -361,8 +361,8 @@ class UNet(nn.Module):
             raise ValueError(f'{last + 1} levels do not fit {size=}, {attention=} or {heads=}')
         self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
         mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        # GroupNorm takes away each group's mean, with few channels the image's mean colour: so the
-        # paper's 32 groups from its 128 channels on, a single one below.
+        # GroupNorm takes away each group's mean, with few channels in a group the image's mean
+        # colour: so the paper's 32 groups from its 128 channels on, a single group below.
         groups = 32 if channels >= 128 else 1
         block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, groups, dropout, z_dim > 0)
         attend = lambda c, r: Attention(c, heads, groups) if r in attention else nn.Identity()
@@ -405,7 +405,7 @@ class UNet(nn.Module):
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
                 for layer in others:
                     h = layer(h)
-        with torch.backends.cudnn.flags(allow_tf32=False):  # predict_x0 multiplies its error by 157
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # exact: see predict_x0
             return self.head(F.silu(self.head_norm(h.float())))
 # ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
 def network_input(y_t, x_hat, form):
@@ -427,7 +427,7 @@ class DiffuseVAE(nn.Module):
     device = property(lambda self: self.diffusion.alpha_bar.device)
     def train(self, mode=True):
         """As for every module, except that the frozen VAE stays in eval mode."""
-        self.unet.train(mode)
+        self.training = self.unet.train(mode).training
         return self
     def eps_theta(self, y_t, t, x_hat, z):
         """The network's noise in y_t, given the draft x_hat in [-1, 1] and its z: [B, C, H, W]."""
@@ -435,9 +435,9 @@ class DiffuseVAE(nn.Module):
             return self.unet(y_t, t)
         return self.unet(network_input(y_t, x_hat, self.form), t, z)
     def noise(self, n, g):
-        """What a training step on n images draws: eps_z, t, eps, and who keeps the draft."""
-        # Image i gets t from the i-th n-th of 0 ... T - 1, uniform in all, for images are drawn at
-        # random: the loss falls 500-fold from t = 0 to T - 1; batches of unlike t would show that.
+        """What a training step on n images draws: eps_z, t, eps, and keep (0: without draft)."""
+        # Stratified: t of image i is uniform in [i, i + 1) T / n, hence, as images are drawn at
+        # random, in [0, T). The loss falls 500-fold from t = 0 to T - 1: so batches are alike.
         T = len(self.diffusion.schedule)
         t = (torch.arange(n) + torch.rand(n, generator=g)) * T / n
         return (torch.randn(n, self.z_dim, generator=g), t.long().clamp(max=T - 1),
@@ -465,8 +465,8 @@ class DiffuseVAE(nn.Module):
                 eps = (1 + guidance) * eps - guidance * null
             return eps
         return (self.diffusion.sample(eps_theta, y_T, noise, **how) + 1) / 2
-# ==== 6. SETTINGS: tables of options; the annotation of a command names the one it takes ==========
-#    Later ones win: the defaults below, the preset's, stage 1's for stage 2, the command line.
+# ==== 6. SETTINGS: tables of options; `main` finds a command's by its parameter's annotation ======
+#    Later ones win: defaults, preset, stage 1, the run so far; the command line where still free.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
 EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
 DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
@@ -502,7 +502,7 @@ PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
         '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
         (1, 1, 2, 2, 4, 4), (16,), 30_000, (500, 16), (1000, 64), lr=2e-5, flip=True)}
 def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
-    """A setting: 'fixed' for a run, 'passed' on from stage 1 to stage 2, or 'free' to change."""
+    """A setting: 'fixed' in a run or set of images, 'passed' on to stage 2, or 'free' to change."""
     return field(default=default, metadata=dict(locals()))
 @dataclass
 class Config:
@@ -513,14 +513,14 @@ class Config:
     data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, a folder', kind='passed')
     root: str = option('data', 'where the files of a named data set are, or go', kind='free')
     out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
-    size: int = option(32, 'height and width of images; 64 for celeba', 4, 4096, kind='passed')
+    size: int = option(32, 'height and width of images; 64 for celeba', 16, 4096, kind='passed')
     flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
     encoder: pairs = option(None, 'VAE: blocks by resolution, 32:0,8:1,...,1:1', kind='passed')
     decoder: pairs = option(None, 'VAE: the same back up, 1:1,...,32:0', kind='passed')
     width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:16', kind='passed')
     alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
     signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
-    timesteps: int = option(1000, 'diffusion: T', 100, 10_000)
+    timesteps: int = option(1000, 'diffusion: T; below 500 y_T is not yet noise', 100, 10_000)
     channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
     multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
     blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
@@ -674,7 +674,7 @@ def initialise(config, parent, images):
     """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
     torch.manual_seed(config.seed)
     model = build(config).to(memory_format=torch.channels_last)
-    if config.stage == 1 and config.preset == 'small':  # by default a branch has 1% of its input
+    if config.stage == 1 and config.preset == 'small':  # by default branches change 1% of h
         for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
             nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
     if config.stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die
@@ -703,7 +703,7 @@ def training_step(model, optimizer, inputs, clip):
     optimizer.step()
     return torch.stack([*losses, norm]).detach()
 def command_train(given: Config):
-    """train a stage: start, resume or extend it; presets, "small" too, go before the defaults"""
+    """train a stage: start, resume or extend it; presets, even "small", replace defaults shown"""
     stage, form = given['stage'], given.get('form', '1')
     if stage == 1 and form != '1':
         raise UserError(f'--form {form}: the VAE of stage 1 serves all forms; leave it out')
@@ -788,7 +788,7 @@ def load_trained(options, form=None):
     found = [load_checkpoint(options.out, 2, form) for form in wanted]
     path, saved = next((pair for pair in found if pair[1]), found[0])
     if not saved:
-        raise UserError(f'no {path}: first run python diffusevae.py train --stage 2, or give --out')
+        raise UserError(f'no {path}: first train --stage 2 --form {[*wanted][0]}, or give --out')
     config, (device, _) = Config(**saved['config']), choose_device(options.device)
     config.precision = 'float32' if options.bits else config.precision
     if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
@@ -916,7 +916,7 @@ def fit_mixture(z, K, g, iterations=100, ridge=1e-6):
     for _ in range(10):  # k-means: every z to its nearest mean, every mean to its z's
         r = F.one_hot(torch.cdist(z, means).argmin(1), len(means)).to(z)  # [N, K]
         means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
-    r, likelihoods = 0.99 * r + 0.01 / len(means), []  # no component is empty
+    r, likelihoods = 0.99 * r + 0.01 / len(means), []  # none starts empty
     for _ in range(iterations):
         mixture, r, log_p = em_step(z, r, ridge)
         likelihoods.append(log_p.item())
@@ -1006,7 +1006,7 @@ def command_evaluate(options: Sampling):
         row = replace(row, seed=row.seed + i)
         return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
                           for chunk, part in enumerate(real.split(CHUNK))])
-    jobs = {'floor: training images': (  # name: network calls, origin, images of the i-th seed
+    jobs = {'floor: training images': (  # name: network calls, what identifies it, images of seed i
         0, f'{config.data} {config.size}', lambda i: train.batch(range(i * num, (i + 1) * num)))}
     for model, config, path in models:
         mixture = mixture_of(model, config, path, options)
@@ -1078,7 +1078,7 @@ def command_interpolate(options: Sampling):
     write('interpolate', rows.items(), [f'{v:.2f}' for v in w])
 def has_attribute(labels, text):
     """Which images have an attribute, e.g. kind=circle, digit=3, size>0.5 or Smiling: bool [N]."""
-    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '').groups()
+    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '', re.DOTALL).groups()
     try:
         number = KINDS.index(value) if name == 'kind' else float(value or 1)
         has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)

@@ -1498,6 +1498,10 @@ def test_head_and_output_are_float32_when_the_trunk_is_bfloat16():
     net.stem.register_forward_hook(lambda m, inputs, out: seen.append(out.dtype))
     net(torch.randn(1, 1, 8, 8), torch.tensor([5]))
     assert seen == [torch.bfloat16, (torch.float32, torch.float32)]
+    cudnn, on_cuda = torch.backends.cudnn, []  # where the head is cuDNN's, and no TF32 either
+    net.head.register_forward_hook(lambda *_: on_cuda.extend([cudnn.enabled, cudnn.allow_tf32]))
+    net(torch.randn(1, 1, 8, 8), torch.tensor([5]))
+    assert on_cuda == [True, False]
 
 
 COUNTS = dict(cifar10=(9_243_107, 35_749_763, 35_746_307),
@@ -1632,6 +1636,8 @@ def test_stage_2_trains_on_the_reconstruction_from_a_sampled_z(form):
 def test_stage_2_leaves_the_vae_untouched():
     model = tiny('1').train()
     assert model.unet.training and not any(module.training for module in model.vae.modules())
+    assert model.training and not model.eval().training and not model.unet.training
+    model.train()
     before = {name: p.clone() for name, p in model.vae.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(2):
@@ -2554,7 +2560,9 @@ def test_public_parts_work_on_their_own_as_in_the_readme():
     code = re.search(r'```python\n(.*?)```', text, re.S)[1]
     scope = {}
     exec(code, scope)
-    assert scope['x_0'].shape == (4, 3, 32, 32) and scope['loss'].isfinite()
+    assert scope['x_0'].shape == (4, 3, 32, 32)
+    for weight in (scope['vae'].stem.weight, scope['unet'].head.weight):
+        assert weight.grad.isfinite().all() and weight.grad.any()
 
 
 BAD = [
