@@ -2431,7 +2431,7 @@ def test_attributes():
     assert has('Smiling') == [False, True, True, False]
     with pytest.raises(dv.UserError, match='no labels'):
         dv.has_attribute({}, 'kind=tall')
-    for unclear in ('kind', 'size>circle'):
+    for unclear in ('kind', 'size>circle', 'kind=wide\n', 'size>=0.5'):
         with pytest.raises(dv.UserError, match=unclear):
             has(unclear)
 
