@@ -169,8 +169,7 @@ def backbone(blocks, width):
             modules += [resize, nn.Conv2d(width[r], width[r_next], 1, bias=False)]
     return nn.Sequential(*modules)
 SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
-    image=lambda x: x,
-    grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
+    image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
     lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4),
     masked=lambda x: x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))
 class VAE(nn.Module):
@@ -470,9 +469,11 @@ class DiffuseVAE(nn.Module):
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
 EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
 DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
-def ints(text):  # '1,2,2' -> (1, 2, 2)
+def ints(text):
+    """'1,2,2' -> (1, 2, 2)."""
     return tuple(int(n) for n in text.split(',') if n)
-def pairs(text):  # '32:16,1:32' -> {32: 16, 1: 32}
+def pairs(text):
+    """'32:16,1:32' -> {32: 16, 1: 32}."""
     return dict(ints(pair.replace(':', ',')) for pair in text.split(','))
 DDPM = dict(clip=1.0, ema=0.9999, flip=True)
 def paper(data, size, width, encoder, decoder, multipliers, attention, images, vae, ddpm,
@@ -1051,8 +1052,7 @@ def held_out_codes(options):
     """For pictures: model, `Config`, held-out images, their mean codes, and what writes rows."""
     model, config, path = load_trained(options)
     if (num := options.num or 8) > CHUNK or not model.vae:
-        raise UserError(f'--form {config.form} --num {num}: only form 1 or 2, which have a draft, '
-                        f'and up to {CHUNK} columns')
+        raise UserError(f'--form {config.form} --num {num}: takes form 1 or 2, up to {CHUNK}')
     held_out = load_images(config.data, config.root, config.size, train=False)
     x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
     mu = model.vae.encode(x.to(model.device))[0].cpu()
