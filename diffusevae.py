@@ -862,7 +862,8 @@ def command_sample(options: Sampling):
     before = read(note, lambda note: json.loads(note.read_text()), 'the settings of images')
     if before not in (None, settings):
         raise UserError(f'--png {folder}: was made with {before}')
-    write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
+    if RANK == 0:
+        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
     for first in range(RANK * CHUNK, num, WORLD * CHUNK):  # processes share the chunks
         end = min(num, first + CHUNK)
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
@@ -954,8 +955,7 @@ def bound(model, x, g, sigma='small', strata=20):
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
     #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
     #   L_0 = -log p(x_0|y_1), the mass of a Gaussian of variance beta~_2 in the bin of each pixel
-    alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64, device=x.device)
-    alpha_bar = rearrange(alpha_bar, 't -> t 1 1 1')
+    alpha_bar = x.new_tensor(model.diffusion.schedule, dtype=torch.float64).view(-1, 1, 1, 1)
     T, x_0, x_hat, z, terms = len(alpha_bar), 2 * x.double() - 1, None, None, {}
     draw = lambda *shape: torch.randn(shape, generator=g).to(x.device)
     total = lambda term: term.flatten(1).sum(1)
