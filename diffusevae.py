@@ -1,1200 +1,2546 @@
-"""DiffuseVAE in one file: a VAE drafts, a diffusion model refines.
+"""DiffuseVAE in one file: a VAE drafts an image, a diffusion model refines the draft.
 
-To be read beside Pandey et al., "DiffuseVAE: Efficient, Controllable and High-Fidelity Generation
-from Low-Dimensional Latents", TMLR 2022, arXiv 2201.00308. Not the authors' code; see NOTES.md.
+To be read from top to bottom beside the paper: Pandey, Mukherjee, Rai, Kumar, "DiffuseVAE:
+Efficient, Controllable and High-Fidelity Generation from Low-Dimensional Latents", TMLR 2022,
+arXiv 2201.00308. This is not the authors' code. NOTES.md derives what is only stated here.
 
     z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
                                                                v  (as extra input channels)
-    x_T, pure noise ---> U-Net, a few steps back in time: x_T -> ... -> x_0, a sharp image
-z, here 16 numbers, fixes the layout; the diffusion model (DDPM) paints the detail that the draft
-lacks, in few steps. Sections 2 to 5 are the method: tensors in, tensors out, no files.
-    python diffusevae.py train --stage 1      # the VAE: runs/shapes/stage1.pt
-    python diffusevae.py train --stage 2      # the DDPM on its drafts
-    python diffusevae.py sample               # drafts above refined images, as a PNG
-Measured on 2 AMD EPYC cores: 9 to 10 minutes; 90% of the real finest detail (drafts: 18%): NOTES 5.
+    pure noise ----> U-Net, a few steps back in time ----------+---> x_0, a sharp image
+
+A VAE draws from a small code z that can be edited and interpolated, but its images are blurry. A
+diffusion model paints sharp detail, but slowly, and its only code is noise as large as the image.
+Here z settles what is where, and the diffusion model adds the detail that the draft lacks; as the
+layout is given, few steps are enough.
+
+    python diffusevae.py train --stage 1    # the VAE, into runs/shapes/stage1.pt
+    python diffusevae.py train --stage 2    # the diffusion model, on the drafts of that VAE
+    python diffusevae.py sample             # drafts above refined images, as a PNG
+
+    Part 1  The method           1 the VAE, 2 diffusion, 3 the U-Net, 4 the two-stage model
+    Part 2  Running it           5 data, 6 settings, 7 training, 8 sampling
+    Part 3  The paper's claims   9 what z controls, 10 quality, 11 the command line
 """
-import argparse, ast, copy, hashlib, io, itertools, json, math, os, re, signal, sys, time, timeit
+
+import argparse
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from itertools import pairwise
 from pathlib import Path
-import torch, torch.distributed as dist, torch.nn as nn, torch.nn.functional as F
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
-from torch.distributions import MultivariateNormal, Normal, kl_divergence as kl_normal
-from torch.utils.flop_counter import FlopCounterMode
+from torch.distributions import MultivariateNormal, Normal
 from torchvision import datasets, utils
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
-RANK, WORLD = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))  # by torchrun
+
+
 class UserError(Exception):
-    """What the user can put right: `main` prints it as one line and returns exit code 2."""
-def generator(*key):
-    """A CPU random generator that is a function of `key` alone, e.g. (seed, 'step', 17)."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], 'little') >> 1)
-# ==== 1. DATA =====================================================================================
-#    Images are floats in [0, 1] here and in the VAE; section 5 maps them to the DDPM's [-1, 1].
-#    Held-out images (a test split, 5% of a folder, another seed of shapes) never enter training.
-KINDS = 'wide', 'circle', 'tall'
-def draw_shapes(n, g, size=32):
-    """n striped shapes: uint8 [n, 3, size, size]; their factors: kind; unscaled, in [0, 1]."""
-    # A VAE can learn the factors (hues from red to blue: a whole circle would not fit a Gaussian);
-    # it blurs the stripes, 5 pixels a period in one of four directions, and the DDPM restores them.
-    u = torch.rand(8, n, 1, 1, generator=g)  # eight uniform numbers an image
-    kind, hue, ground = (3 * u[0]).long(), 0.7 * u[1], 0.7 * u[2]
-    center_x, center_y, radius = 0.435 + 0.13 * u[3], 0.435 + 0.13 * u[4], 0.27 + 0.08 * u[5]
-    angle, phase = math.pi / 4 * (4 * u[6]).floor(), 2 * math.pi * u[7]
-    pixel = (torch.arange(size) + 0.5) / size  # the image is the unit square
-    x, y = pixel - center_x, pixel[:, None] - center_y  # [n, 1, size] and [n, size, 1]
-    # Distance to the outline, negative inside, of a wide bar, a circle and a tall bar.
-    bar = lambda a, b: torch.maximum(x.abs() - a * radius, y.abs() - b * radius)
-    circle = (x**2 + y**2).sqrt() - 0.95 * radius
-    shapes = torch.stack([bar(1.2, 0.65), circle, bar(0.65, 1.2)])  # [3, n, size, size]
-    distance = shapes[kind.flatten(), torch.arange(n)]
-    inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size], antialiased
-    stripes = torch.sin(2 * math.pi / 5 * size * (x * angle.cos() + y * angle.sin()) + phase)
-    def colour(hue, saturation, value):  # HSV to RGB, [n, 1, 1] -> [n, 3, 1, 1]
-        k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
-        return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
-    shape = colour(hue, 0.75, 0.62) * (1 + 0.6 * stripes[:, None])
-    image = inside * shape + (1 - inside) * colour(ground, 0.3, 0.9)
-    factors = dict(kind=kind, hue=u[1], ground=u[2], x=u[3], y=u[4], size=u[5])
-    return (255 * image).round().byte(), {name: f.flatten() for name, f in factors.items()}
-class Images:
-    """uint8 pixels [N, C, H, W], or paths, read at once if in 1 GB; `batch`: floats in [0, 1]."""
-    def __init__(self, pixels, labels={}, size=None, crop=True):
-        self.pixels, self.labels, self.size = pixels, labels, size
-        self.fit = partial(ImageOps.fit, method=Image.LANCZOS) if crop else Image.Image.resize
-        self.unreadable, self.pool = set(), ThreadPoolExecutor()  # PIL decodes in parallel
-        if size and 3 * size**2 * len(pixels) <= 1e9:
-            self.pixels, self.size = self.read_all(range(len(pixels))), None
-    __len__ = lambda self: len(self.pixels)
-    read_all = lambda self, indices: torch.stack([*self.pool.map(self.read, indices)])
-    def read(self, i):
-        """File i as uint8 [3, size, size]; if it is unreadable, a warning and the next one."""
-        around = (k % len(self) for k in range(int(i), int(i) + len(self)))
-        for k in (k for k in around if k not in self.unreadable):
-            try:
-                image = ImageOps.exif_transpose(Image.open(self.pixels[k]))
-                if image.mode.startswith('I'):  # 16 bits: keep the upper 8, `convert` would clip
-                    image = image.convert('I').point(lambda v: v / 256).convert('L')
-                return pil_to_tensor(self.fit(image.convert('RGB'), (self.size, self.size)))
-            except Exception as error:  # PIL's decoders raise nearly anything on a broken file
-                self.unreadable.add(k)
-                print(f'warning: skipped {self.pixels[k]}: {error}', file=sys.stderr)
-        raise UserError(f'none of {len(self)} image files can be read, e.g. {self.pixels[0]}')
-    def batch(self, indices):
-        return (self.read_all(indices) if self.size else self.pixels[indices]).float() / 255
-GREY = 'mnist', 'fashion'  # one channel, 28x28: padded to 32x32 here, cropped back in pictures
-NAMED = dict(mnist=datasets.MNIST, fashion=datasets.FashionMNIST, cifar10=datasets.CIFAR10,
-             celeba=datasets.CelebA)  # what reads a named data set below --root
-def load_images(data, root='data', size=32, train=True):
-    """The training or held-out `Images` of a data set's name or a folder's path, or a UserError."""
-    if data == 'shapes' and size <= 64:
-        return Images(*draw_shapes(20_000 if train else 2_000, generator('shapes', train), size))
-    if data not in NAMED:
-        # Held out are the 5% of names with the lowest hash: stable when files are added.
-        kinds = '.png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm'.split()
-        digest = lambda path: hashlib.sha256(path.relative_to(data).as_posix().encode()).digest()
-        paths = sorted((p for p in Path(data).rglob('*') if p.suffix.lower() in kinds), key=digest)
-        split = max(1, sum(digest(path)[0] < 0.05 * 256 for path in paths))
-        if len(paths) <= split:
-            raise UserError(f'--data {data}: not shapes (to 64x64), {", ".join(NAMED)} or images')
-        return Images(paths[split:] if train else paths[:split], size=size)
-    dataset = NAMED[data]
-    folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
-    split = dict(split='train' if train else 'test') if data == 'celeba' else dict(train=train)
-    try:
-        found = dataset(root, download=True, **split)
-    except Exception as error:  # of the network, or of damaged files
-        raise UserError(f'--data {data}: not in {root}/{folder}; no download: {error}') from error
-    if data == 'celeba':  # the authors squeeze 178x218 straight to a square, without a crop
-        labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
-        paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
-        return Images(paths, labels, size, crop=False)
-    if size != 32:
-        raise UserError(f'--size {size}: the images of --data {data} are 32x32')
-    labels = {'digit' if data == 'mnist' else 'class': torch.as_tensor(found.targets)}
-    if data in GREY:
-        return Images(F.pad(found.data[:, None], (2, 2, 2, 2)), labels)  # [N, 1, 32, 32]
-    return Images(rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x'), labels)
-# ==== 2. VAE: the generator of drafts =============================================================
-#    Prior p(z) = N(0, I), encoder q(z|x) = N(mu(x), diag sigma^2(x)), decoder mean x_hat(z).
-#    Stage 1 maximises the first line of the bound on which the method rests, stage 2 the second:
-#    log p(x, y) >= E_q(z|x)[ log p(y|z) ] - KL( q(z|x) || p(z) )      y = signal(x), usually x
-#              + E_q(z|x) E_q(x_1:T|x_0,x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0,x_hat) ]
+    """An error that the user can fix, in an argument, a file or a folder: `main` prints one line.
+
+    Every other exception is a bug and keeps its traceback.
+    """
+
+
+# ==== PART 1: THE METHOD ==========================================================================
+#
+# Tensors go in and tensors come out; files and data sets come later. Whoever stops after this part
+# has seen the model, both losses and the sampler.
+#
+# Symbols, used in the same sense everywhere:
+#   B, C, H, W    images in a batch, channels, height, width
+#   x, x_0        an image in [0, 1], as the VAE sees it, and the same image in [-1, 1], as the
+#                 diffusion model sees it: x_0 = 2 x - 1
+#   z             the code of an image: z_dim numbers
+#   x_hat         the VAE's draft. The VAE makes it in [0, 1]; the diffusion model is shown it in
+#                 [-1, 1]. Where both meet, in section 4, the one in [0, 1] is called `draft`
+#   alpha         the weight of the KL in the VAE's loss; it has nothing to do with alpha_bar
+#   t, T          time, 1 ... T in formulas and 0 ... T - 1 in code; at T only noise is left
+#   beta_t        variance of the noise that is added from time t - 1 to time t
+#   alpha_bar_t   (1 - beta_1) ... (1 - beta_t), the share of the image's power left at time t
+#   eps           noise ~ N(0, I); eps_theta is the U-Net's estimate of it
+
+# ==== 1. THE VAE, which draws the drafts ==========================================================
+#
+# The decoder turns a code z ~ N(0, I) into a draft: the mean x_hat(z) of a Gaussian p(y|z). The
+# encoder says which codes may have made an image: q(z|x_0) = N(mu, diag sigma^2). Here y is what
+# the VAE models of the image: usually the image itself, but it may be a grey, a coarse or a masked
+# version. All of DiffuseVAE maximises one lower bound (NOTES 2.1):
+#
+#     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
+#         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
+#
+# Stage 1 trains the VAE on the first line. Stage 2 freezes it, and trains the diffusion model on
+# the second line: from the draft of y to the image x_0.
+
+
 def reparameterize(mu, logvar, eps):
-    """z ~ N(mu, sigma^2), differentiable in mu and logvar = log sigma^2; all are [B, z_dim]."""
-    # z = mu + sigma * eps,  sigma = exp(logvar / 2),  eps ~ N(0, I)
-    # The randomness sits in eps, which has no parameters; so dz/dmu = 1 and dz/dsigma = eps exist,
-    # and the expectation over q(z|x) can be differentiated through its samples.
+    """Draw z ~ N(mu, sigma^2) such that gradients reach mu and logvar = log sigma^2.
+
+    mu, logvar, eps: [B, z_dim], where eps ~ N(0, I). Returns z: [B, z_dim].
+    """
+    # z = mu + sigma * eps,  sigma = exp(logvar / 2)
+    #
+    # The expectation over q(z|x) is estimated by one sample. Drawn directly, the sample would not
+    # be a function of mu and sigma that one can differentiate. Written like this, all randomness
+    # sits in eps, which has no parameters: dz/dmu = 1 and dz/dsigma = eps.
     return mu + torch.exp(logvar / 2) * eps
+
+
 def kl_divergence(mu, logvar):
-    """KL( N(mu, sigma^2) || N(0, I) ) of each example in nats: [B, z_dim] -> [B]."""
+    """KL( N(mu, sigma^2) || N(0, I) ) of each example, in nats: [B, z_dim] -> [B]."""
     # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
-    # E_q[log q - log p] needs only E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1.
+    #
+    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z, so only the moments
+    # E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1 are needed (NOTES 2.2).
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
+
+
 def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
-    """Loss of stage 1, mean over the batch: (loss, squared error, KL); x, x_hat [B, C, H, W]."""
-    # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) ), both summed over dimensions.
-    # A Gaussian decoder N(x_hat, sigma_x^2 I) has -log p(x|z) = ||x - x_hat||^2 / (2 sigma_x^2)
-    # + const. Times alpha := 2 sigma_x^2, its negative ELBO is this loss: alpha = 1 is the exact
-    # bound for sigma_x^2 = 1/2, a smaller alpha that of a decoder with less variance.
+    """The loss of stage 1 and its two parts, each a mean over the batch.
+
+    x, x_hat: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim]; alpha > 0 weighs the KL.
+    Returns (loss, squared error, KL): three numbers, the KL in nats.
+    """
+    # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) )
+    #
+    # The error is a sum over pixels, the KL a sum over the numbers of z. A decoder N(x_hat,
+    # sigma_x^2 I) has -log p(x|z) = ||x - x_hat||^2 / (2 sigma_x^2) + const. Multiply the negative
+    # bound, -log p(x|z) + KL, by alpha := 2 sigma_x^2: up to a constant it becomes this loss. So
+    # the paper's alpha = 1 is a decoder with sigma_x^2 = 1/2, and a smaller alpha is one that is
+    # surer of its pixels.
     squared_error = (x - x_hat).square().sum(dim=(1, 2, 3)).mean()
     kl = kl_divergence(mu, logvar).mean()
     return squared_error + alpha * kl, squared_error, kl
+
+
 class VAEBlock(nn.Module):
-    """Residual bottleneck without normalisation: [B, width, R, R] -> the same shape."""
+    """A residual bottleneck without normalisation: [B, width, R, R] -> the same shape.
+
+    GELU and a convolution, four times: 1x1 to half the width, twice 3x3, and 1x1 back. Biases start
+    at zero, as in the authors' code.
+    """
+
     def __init__(self, width, resolution):
         super().__init__()
-        k, middle = 3 if resolution > 1 else 1, width // 2
-        shapes = (width, middle, 1), (middle, middle, k), (middle, middle, k), (middle, width, 1)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, k, padding=k // 2) for a, b, k in shapes)
+        half = width // 2
+        kernel = 3 if resolution > 1 else 1  # a single pixel has no neighbours
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(width, half, 1),
+                nn.Conv2d(half, half, kernel, padding=kernel // 2),
+                nn.Conv2d(half, half, kernel, padding=kernel // 2),
+                nn.Conv2d(half, width, 1),
+            ]
+        )
         for conv in self.convs:
             nn.init.zeros_(conv.bias)
+
     def forward(self, h):
-        r = h
+        branch = h
         for conv in self.convs:
-            r = conv(F.gelu(r))
-        return h + r
-def backbone(blocks, width):
-    """Residual blocks at falling or rising resolutions, {32: 7, 16: 4, ...}; width[R]: channels."""
-    # Between resolutions, down: one block more, then average pooling; up: nearest upsampling; then
-    # a bias-free 1x1 convolution to the next width. NOTES 1 has the authors' shorthand for this.
-    modules, resolutions = [], [*blocks]
-    for r, r_next in zip(resolutions, [*resolutions[1:], resolutions[-1]]):
-        modules += [VAEBlock(width[r], r) for _ in range(blocks[r] + (r_next < r))]
-        if r_next != r:
-            resize = nn.AvgPool2d(r // r_next) if r_next < r else nn.Upsample(None, r_next // r)
-            modules += [resize, nn.Conv2d(width[r], width[r_next], 1, bias=False)]
-    return nn.Sequential(*modules)
-SIGNALS = dict(  # y, what the VAE models of x [B, C, H, W], in the same shape; usually x itself
-    image=lambda x: x, grey=lambda x: x.mean(dim=1, keepdim=True).expand_as(x),
-    lowres=lambda x: F.interpolate(F.avg_pool2d(x, 4), scale_factor=4),
-    masked=lambda x: x - F.pad(F.pad(x, [-(x.shape[3] // 4)] * 4), [x.shape[3] // 4] * 4))
+            branch = conv(F.gelu(branch))
+        return h + branch
+
+
+def backbone(blocks, widths):
+    """Residual blocks, changing resolution in between: most layers of the encoder or the decoder.
+
+    blocks: how many at each resolution, in the order of the layers: {32: 7, 16: 4, ..., 1: 3} goes
+    down, {1: 1, 4: 2, ..., 32: 15} goes up; widths: channels, e.g. {32: 64, ..., 1: 512}.
+    Source: the authors' code, which writes this as `32x7,32d2,32t16,16x4,...`.
+    """
+    layers = []
+    for resolution, following in pairwise(blocks):  # each resolution, and the one after it
+        if max(resolution, following) % min(resolution, following):
+            raise UserError(f'resolutions {resolution} and {following}: not multiples')
+        for _ in range(blocks[resolution]):
+            layers.append(VAEBlock(widths[resolution], resolution))
+
+        # Down: one more block than `blocks` says, then each square of pixels becomes its mean. Up:
+        # each pixel becomes a square of equal pixels.
+        if following < resolution:
+            layers.append(VAEBlock(widths[resolution], resolution))
+            layers.append(nn.AvgPool2d(resolution // following))
+        else:
+            layers.append(nn.Upsample(scale_factor=following // resolution))
+
+        # As many channels as the next resolution has.
+        layers.append(nn.Conv2d(widths[resolution], widths[following], 1, bias=False))
+
+    last = list(blocks)[-1]
+    for _ in range(blocks[last]):
+        layers.append(VAEBlock(widths[last], last))
+    return nn.Sequential(*layers)
+
+
+def whole_image(x):
+    """The usual y, what the VAE models of an image x [B, C, H, W]: the image itself."""
+    return x
+
+
+def grey(x):
+    """y without colours: every channel is replaced by the mean of all."""
+    return x.mean(dim=1, keepdim=True).expand_as(x)
+
+
+def low_resolution(x):
+    """y in squares of 4x4 pixels, each of one colour."""
+    return F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
+
+
+def masked(x):
+    """y with the middle of the image, half its height and width, black."""
+    border = x.shape[3] // 4
+    y = x.clone()
+    y[:, :, border:-border, border:-border] = 0
+    return y
+
+
+SIGNALS = {'image': whole_image, 'grey': grey, 'lowres': low_resolution, 'masked': masked}
+
+
 class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
-    `encoder`, `decoder`: blocks for `backbone`, down to 1x1 and back up; z_dim is width[1]."""
-    metrics = 'loss', 'squared_error', 'kl'
-    def __init__(self, C, size, encoder, decoder, width, alpha=1.0, signal='image'):
+
+    encoder, decoder: blocks by resolution, from `size` down to 1 and back up; widths: channels by
+    resolution; z has widths[1] numbers. alpha: weight of the KL. signal: a name in SIGNALS.
+    """
+
+    metrics = ('loss', 'squared_error', 'kl')  # what `forward` returns
+
+    def __init__(self, channels, size, encoder, decoder, widths, alpha=1.0, signal='image'):
         super().__init__()
-        self.z_dim, self.alpha, self.signal = width[1], alpha, SIGNALS[signal]
-        self.stem = nn.Conv2d(C, width[size], 3, padding=1, bias=False)
-        self.encoder = backbone(encoder, width)
-        self.mu, self.logvar = [nn.Conv2d(width[1], self.z_dim, 1, bias=False) for _ in range(2)]
-        self.decoder = backbone(decoder, width)
-        self.head = nn.Conv2d(width[size], C, 3, padding=1)
+        if max(encoder) != size or max(decoder) != size or min(encoder) != 1 or min(decoder) != 1:
+            raise UserError(f'{size=}: the encoder must go from it to 1, the decoder back to it')
+        if signal not in SIGNALS:
+            raise UserError(f'{signal=}: must be one of {", ".join(SIGNALS)}')
+        self.z_dim = widths[1]
+        self.alpha = alpha
+        self.signal = SIGNALS[signal]
+
+        self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
+        self.encoder = backbone(encoder, widths)
+        self.mu = nn.Conv2d(self.z_dim, self.z_dim, 1, bias=False)
+        self.logvar = nn.Conv2d(self.z_dim, self.z_dim, 1, bias=False)
+        self.decoder = backbone(decoder, widths)
+        self.head = nn.Conv2d(widths[size], channels, 3, padding=1)
+
     def encode(self, x):
-        """q(z|x): [B, C, H, W] -> mu and logvar, each [B, z_dim]. Of x it sees y = signal(x)."""
+        """q(z|x): [B, C, H, W] in [0, 1] -> mu and logvar, each [B, z_dim]."""
         h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
-        return self.mu(h).flatten(1), self.logvar(h).flatten(1)
+        mu = rearrange(self.mu(h), 'b z 1 1 -> b z')
+        logvar = rearrange(self.logvar(h), 'b z 1 1 -> b z')
+        return mu, logvar
+
     def decode(self, z):
-        """The draft x_hat, the mean of p(y|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
-        return torch.sigmoid(self.head(self.decoder(rearrange(z, 'b z -> b z 1 1'))))
-    def noise(self, n, g):
-        """What a training step on n images draws: eps [n, z_dim]."""
-        return (torch.randn(n, self.z_dim, generator=g),)
-    def forward(self, x, eps):
+        """The draft, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
+        h = self.decoder(rearrange(z, 'b z -> b z 1 1'))
+        return torch.sigmoid(self.head(h))
+
+    def random_inputs(self, n, generator):
+        """The noise of a training step on n images: {'eps_z': [n, z_dim]}.
+
+        It is drawn outside `forward`, from the step's own generator: so a step can be repeated.
+        """
+        return {'eps_z': torch.randn(n, self.z_dim, generator=generator)}
+
+    def forward(self, x, eps_z):
+        """What `negative_elbo` returns for images x [B, C, H, W] in [0, 1]; eps_z: [B, z_dim]."""
         mu, logvar = self.encode(x)
-        x_hat = self.decode(reparameterize(mu, logvar, eps))
+        z = reparameterize(mu, logvar, eps_z)
+        x_hat = self.decode(z)
         return negative_elbo(self.signal(x), x_hat, mu, logvar, self.alpha)
-# ==== 3. DIFFUSION: one implementation for Formulations 1 and 2 and the baseline ==================
-#    Formulation 1:  q(x_t|x_0)        = N(sqrt(alpha_bar_t) x_0,         (1 - alpha_bar_t) I)
-#    Formulation 2:  q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
-#    Change of variables: with y_0 := x_0 and y_t := x_t - x_hat for t >= 1, every formula of
-#    Formulation 2 becomes Formulation 1's, the last step included. (In Formulation 1 and the
-#    baseline y_t := x_t.) So this section knows only y_t, and section 5 what the network is shown.
-#    alpha_bar is of time t, alpha_bar_next of a grid's next smaller time (1 after the last step):
-#    numbers; for q_... and predict_x0 also [B, 1, 1, 1]. In code t = 0 ... T - 1 is 1 ... T.
+
+
+# ==== 2. FORWARD AND REVERSE DIFFUSION, one code for both formulations and the baseline ===========
+#
+# The forward process adds a little noise in each of T steps. In Formulation 1 it ignores the draft:
+#
+#     q(x_t|x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I)
+#     hence q(x_t|x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
+#
+# In Formulation 2 it carries the draft along, so that at T the draft plus noise is left:
+#
+#     q(x_1|x_0, x_hat)   = N(sqrt(1 - beta_1) x_0 + x_hat, beta_1 I)
+#     q(x_t|x_t-1, x_hat) = N(sqrt(1 - beta_t) x_t-1 + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
+#     hence q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
+#
+# Now subtract the draft: let y_t := x_t - x_hat for t >= 1, and y_0 := x_0. Then y_t follows
+# Formulation 1's process exactly, so one code in y serves both (NOTES 2.6). For Formulation 1 and
+# for the baseline without drafts let y_t := x_t. The formulations differ in one line of section 4.
+#
+# The reverse chain asks the network for the noise in y_t, removes all of it, which leaves an
+# estimate of the clean image, and goes some way towards this estimate. The steps below call the
+# estimate x_0. As a chain of few steps goes far at once, formulas are written in alpha_bar, of the
+# time where the chain is, and alpha_bar_next, of the time to which it goes (1 after the last step).
+# `q_sample`, `predict_x0` and `q_posterior` take them as numbers or, where each image has a time of
+# its own, as [B, 1, 1, 1].
+
+
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
-    """alpha_bar_t = prod_{s <= t} (1 - beta_s) for beta linear in t: [T], float64."""
-    # In float32 1 - alpha_bar_1 = 10^-4 has three digits: enough to train, not for the samplers.
+    """alpha_bar_t, the share of the image's power that is left at each time: [T], float64."""
+    # alpha_bar_t = prod_{s <= t} (1 - beta_s), with beta linear in t
+    #
+    # In float32 the smallest 1 - alpha_bar = 1e-4 would have only three digits. That is enough to
+    # train with, but the samplers divide by it.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
-def q_sample(y_0, alpha_bar, eps):
-    """Noise y_0 [B, C, H, W] to time t at once; alpha_bar is a number or [B, 1, 1, 1]."""
-    # q(y_t|y_0) = N(sqrt(alpha_bar) y_0, (1 - alpha_bar) I): the steps y <- sqrt(1 - beta) y
-    # + sqrt(beta) noise shrink y_0 by sqrt(alpha_bar) in all, and a sum of Gaussians is Gaussian.
-    return alpha_bar**0.5 * y_0 + (1 - alpha_bar) ** 0.5 * eps
+
+
+def q_sample(x_0, alpha_bar, eps):
+    """Draw y_t ~ q(y_t|x_0): jump from x_0 [B, C, H, W] straight to time t, with eps ~ N(0, I)."""
+    # y_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
+    #
+    # A single step is y <- sqrt(1 - beta) y + sqrt(beta) noise. Many of them shrink x_0 by the
+    # product of the square roots, and a sum of Gaussians is Gaussian again (NOTES 2.3).
+    return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
+
+
 def predict_x0(y_t, alpha_bar, eps):
-    """The clean image that y_t and its noise imply: `q_sample` solved for y_0 = x_0."""
+    """The clean image that is left of y_t without its noise eps: `q_sample` solved for x_0."""
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
-    # It multiplies errors of eps, by 157 at t = T: hence the clip, and a last layer in float32.
+    #
+    # Errors of eps are multiplied by sqrt(1 - alpha_bar) / sqrt(alpha_bar), which is 157 at t = T.
+    # For this reason samplers clip x_0, and the network's last layer computes in float32.
     return (y_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
+
+
 def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
-    """Mean and variance of q(y_next|y_t, x_0), the step back if x_0 were known."""
-    # Bayes' rule with the Gaussians q(y_next|x_0) and q(y_t|y_next) = N(sqrt(1-beta) y_next, beta).
-    # On the full grid beta is beta_t, on a coarser one the noise between the two grid points.
-    #   mean     = sqrt(alpha_bar_next) beta / (1 - alpha_bar) x_0
-    #            + sqrt(1 - beta) (1 - alpha_bar_next) / (1 - alpha_bar) y_t
-    #   variance = beta (1 - alpha_bar_next) / (1 - alpha_bar)
+    """Mean and variance of q(y_next|y_t, x_0): the step back, if the clean image were known."""
+    # mean     = sqrt(alpha_bar_next) beta / (1 - alpha_bar) x_0
+    #          + sqrt(1 - beta) (1 - alpha_bar_next) / (1 - alpha_bar) y_t
+    # variance = beta (1 - alpha_bar_next) / (1 - alpha_bar),  beta = 1 - alpha_bar / alpha_bar_next
+    #
+    # Bayes' rule, with the Gaussians q(y_next|x_0) and q(y_t|y_next) (NOTES 2.4). On the full grid
+    # of times beta is beta_t; on a coarser one it is the noise added between two of its times.
     beta = 1 - alpha_bar / alpha_bar_next
-    c_0 = alpha_bar_next**0.5 * beta / (1 - alpha_bar)
-    c_t = (1 - beta) ** 0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)
-    return c_0 * x_0 + c_t * y_t, beta * (1 - alpha_bar_next) / (1 - alpha_bar)
-def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='large'):
-    """Ancestral step: a draw from the posterior with the predicted x_0; no noise at the end."""
-    # sigma^2: "small" is the posterior's variance, exact if x_0 could be one image only;
-    # "large" is beta, exact if x_0 were white noise of variance 1. The data are in between.
+    weight_of_x_0 = alpha_bar_next**0.5 * beta / (1 - alpha_bar)
+    weight_of_y_t = (1 - beta) ** 0.5 * (1 - alpha_bar_next) / (1 - alpha_bar)
+    mean = weight_of_x_0 * x_0 + weight_of_y_t * y_t
+    variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)
+    return mean, variance
+
+
+def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='small'):
+    """The ancestral step of DDPM: a draw from the posterior, as if the estimate x_0 were true.
+
+    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); sigma: 'small' or 'large'. Returns y_next.
+    """
+    # y_next = mean of q(y_next|y_t, x_0) + sigma noise; the last step adds no noise
+    #
+    # sigma^2 is the posterior's variance ("small") or beta ("large"). The first is right if x_0 is
+    # known; the second if nothing is known, that is if x_0 ~ N(0, I): then all y_t ~ N(0, I), and
+    # a step back is as uncertain as a step forward. The truth is in between.
     mean, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
     if sigma == 'large':
         variance = 1 - alpha_bar / alpha_bar_next
-    return mean if alpha_bar_next == 1 else mean + variance**0.5 * noise
+    if alpha_bar_next == 1:
+        return mean
+    return mean + variance**0.5 * noise
+
+
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
-    """DDIM step; sigma is eta times `q_posterior`'s: 0 deterministic, 1 ancestral ("small")."""
-    # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise
-    # has the marginal q(y_next|x_0) whatever sigma is. eps is what y_t and the clipped x_0 imply,
-    # not the network's own: with that, y_next would not be a noisy version of this x_0.
+    """The step of DDIM: deterministic for eta = 0, the ancestral step ("small") for eta = 1.
+
+    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I). Returns y_next.
+    """
+    # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise,
+    # sigma  = eta * standard deviation of the posterior
+    #
+    # For every sigma y_next has the distribution q(y_next|x_0), because the variances of eps and
+    # noise add up to 1 - alpha_bar_next (NOTES 2.5). eps is computed from y_t and x_0: where x_0
+    # was clipped, the network's own eps and x_0 no longer make y_t, and eta = 1 would not be the
+    # ancestral step.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
-    sigma = eta * q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)[1] ** 0.5
+    _, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
+    sigma = eta * variance**0.5
     direction = (1 - alpha_bar_next - sigma**2) ** 0.5 * eps
     return alpha_bar_next**0.5 * x_0 + direction + sigma * noise
+
+
+def half_log_snr(alpha_bar):
+    """lambda, half the logarithm of the ratio of the image's power to the noise's: a number."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
 def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
-    """DPM-Solver++(2M) step (arXiv 2211.01095); previous = (x_0, alpha_bar) one step earlier."""
-    # In lambda = log sqrt(alpha_bar / (1 - alpha_bar)) DDIM's ODE is solved exactly but for an
-    # integral of x_0: two values give it to second order, the first step has one. Last: x_0.
-    if alpha_bar_next == 1:
+    """The step of DPM-Solver++(2M), arXiv 2211.01095; it is not in the paper. Returns y_next.
+
+    previous: (x_0, alpha_bar) of the step before, or None in the first step.
+    """
+    # y_next = sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) y_t - sqrt(alpha_bar_next) (e^-h - 1) D,
+    # D      = x_0 + h / (2 h_before) (x_0 - x_0_before),   h = lambda_next - lambda
+    #
+    # DDIM with eta = 0 follows an ODE. Between two times its exact solution is a multiple of y_t
+    # plus a weighted integral of x_0 over lambda. DDIM holds x_0 constant in it, that is D = x_0.
+    # D continues the line through the last two estimates to the middle of the step instead, which
+    # makes the step of second order (NOTES 2.5).
+    if alpha_bar_next == 1:  # lambda_next is infinite, and the limit of y_next is x_0
         return x_0
-    lam = lambda a: 0.5 * math.log(a / (1 - a))
-    h = lam(alpha_bar_next) - lam(alpha_bar)
-    if previous:
+    h = half_log_snr(alpha_bar_next) - half_log_snr(alpha_bar)
+    D = x_0
+    if previous is not None:
         x_0_before, alpha_bar_before = previous
-        x_0 = x_0 + (x_0 - x_0_before) * h / (2 * (lam(alpha_bar) - lam(alpha_bar_before)))
+        h_before = half_log_snr(alpha_bar) - half_log_snr(alpha_bar_before)
+        D = x_0 + (x_0 - x_0_before) * h / (2 * h_before)
     shrink = ((1 - alpha_bar_next) / (1 - alpha_bar)) ** 0.5
-    return shrink * y_t - alpha_bar_next**0.5 * math.expm1(-h) * x_0
-def time_grid(T, n, spacing='uniform'):
-    """n distinct times from high to low, 1 <= n <= T; 'quadratic' ones crowd near 0."""
-    if spacing == 'uniform' or n == 1:  # from T - 1 down to T/n - 1
-        return [math.floor(i * T / n + 0.5) - 1 for i in range(n, 0, -1)]
-    grid = [0]  # from 0.8 T down to 0; where rounding would merge two times, the next free one
-    for i in range(1, n):
-        wanted = round((i / (n - 1)) ** 2 * 0.8 * T)
-        grid.append(min(max(wanted, grid[-1] + 1), T - n + i))
-    return grid[::-1]
+    return shrink * y_t - alpha_bar_next**0.5 * math.expm1(-h) * D
+
+
+SAMPLERS = ('ddpm', 'ddim', 'dpm++')
+SIGMAS = ('small', 'large')
+SPACINGS = ('uniform', 'quadratic', 'truncated')
+
+
+def time_grid(T, steps, spacing='uniform'):
+    """The times of a reverse chain: `steps` distinct whole numbers in [0, T - 1], falling."""
+    if spacing not in SPACINGS:
+        raise UserError(f'{spacing=}: must be one of {", ".join(SPACINGS)}')
+    if not 1 <= steps <= T:
+        raise UserError(f'{steps=}: must be from 1 to T = {T}')
+
+    # Truncated: only the last, nearly clean times, as if the noise at the start belonged there. It
+    # shows how much of the chain the draft can replace.
+    if spacing == 'truncated':
+        return list(range(steps - 1, -1, -1))
+
+    # Uniform: from T - 1, where y_t is noise, in equal strides (rounded half up) to T / steps - 1.
+    if spacing == 'uniform' or steps == 1:
+        return [math.floor(i * T / steps + 0.5) - 1 for i in range(steps, 0, -1)]
+
+    # Quadratic, the paper's choice for few steps: t_i = (i / (steps - 1))^2 0.8 T. It is dense near
+    # 0, where fine detail is decided. (It starts at 0.8 T although y_t is not quite noise there:
+    # sqrt(alpha_bar) is 0.04.) Where rounding would merge two times, the next free one is taken,
+    # but not so high that those to come would not fit below T.
+    times = [0]
+    for i in range(1, steps):
+        wanted = round((i / (steps - 1)) ** 2 * 0.8 * T)
+        times.append(min(max(wanted, times[-1] + 1), T - steps + i))
+    return times[::-1]
+
+
 def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
-    """||eps - eps_theta(y_t, t)||^2, mean over batch and pixels; alpha_bar [T], t [B]."""
-    # The chain's KL terms compare Gaussians of one variance: squared errors of eps times weights
-    # w_t. The reweighted DDPM term sets w_t = 1. y_t ~ q(y_t|x_0), each image at its own t.
+    """The loss of stage 2: the mean over batch, channels and pixels of (eps - eps_theta)^2.
+
+    eps_theta: a function of y_t [B, C, H, W] and t [B]; x_0, eps: [B, C, H, W]; alpha_bar: the
+    schedule [T]; t: [B], a time for each image. Returns a number.
+    """
+    # y_t ~ q(y_t|x_0),  loss = ||eps - eps_theta(y_t, t)||^2
+    #
+    # The bound compares posterior and reverse step, for each t. If their variances are equal, that
+    # is a squared error of eps times a weight that depends on t, and largest near t = 0. DDPM sets
+    # all weights to 1: the bound gets worse and the images better, since the network spends less of
+    # its strength on noise that nobody sees.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
+
+
 class Diffusion(nn.Module):
-    """DDPM of y: the schedule, and samplers for any network eps_theta(y_t [B, C, H, W], t [B])."""
+    """The schedule, and the reverse chain for any network eps_theta(y_t [B, C, H, W], t [B])."""
+
     def __init__(self, T=1000):
         super().__init__()
         alpha_bar = linear_schedule(T)
-        self.schedule = alpha_bar.tolist()  # for the samplers: Python floats are float64
-        self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)
+        self.T = T
+        self.schedule = alpha_bar.tolist()  # for the samplers: Python's floats are float64
+        self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)  # for the loss
+
     @torch.no_grad()
-    def sample(self, eps_theta, y_T, noise, steps, sampler='ddpm', spacing='quadratic', start=None,
-               sigma='small', eta=0.0):
-        """The reverse chain, from y_T [B, C, H, W] to x_0 in [-1, 1] in `steps` network calls.
-        noise() draws N(0, I) that broadcasts to y_T's shape; start < T truncates the chain."""
-        y, previous = y_T, None
-        grid = time_grid(start or len(self.schedule), steps, spacing)
-        alpha_bars = [self.schedule[t] for t in grid] + [1.0]
-        for t, alpha_bar, alpha_bar_next in zip(grid, alpha_bars, alpha_bars[1:]):
+    def sample(
+        self,
+        eps_theta,
+        y_T,
+        draw_noise,
+        steps,
+        sampler='ddpm',
+        spacing='quadratic',
+        sigma='small',
+        eta=0.0,
+    ):
+        """Run the reverse chain from y_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
+
+        draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
+        broadcasts to y_T's: [1, C, H, W] if all images share it.
+        sigma matters to the sampler 'ddpm' only, eta to 'ddim' only. Raises UserError for names
+        that are not in SAMPLERS, SPACINGS or SIGMAS.
+        """
+        if sampler not in SAMPLERS or sigma not in SIGMAS:
+            raise UserError(f'{sampler=}, {sigma=}: must be in {SAMPLERS} and {SIGMAS}')
+        times = time_grid(self.T, steps, spacing)
+        alpha_bars = [self.schedule[t] for t in times]
+        alpha_bars.append(1.0)  # after the last step no noise is left
+
+        y = y_T
+        previous = None  # (x_0, alpha_bar) of the step before, for the multistep solver
+        for t, alpha_bar, alpha_bar_next in zip(times, alpha_bars, alpha_bars[1:]):
+            # Ask the network which noise is in y ...
             eps = eps_theta(y, torch.full((len(y),), t, device=y.device))
+
+            # ... and remove it all: that leaves the estimate of the clean image. Pixels lie in
+            # [-1, 1]; where t is large and errors of eps are multiplied by up to 157, the clip
+            # keeps the chain on course.
             x_0 = predict_x0(y, alpha_bar, eps).clamp(-1, 1)
+
+            # Take one step towards it, to the next smaller time of the grid.
             if sampler == 'ddpm':
-                y = ddpm_step(y, x_0, alpha_bar, alpha_bar_next, noise(), sigma)
+                y = ddpm_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), sigma)
             elif sampler == 'ddim':
-                y = ddim_step(y, x_0, alpha_bar, alpha_bar_next, noise(), eta)
-            else:
+                y = ddim_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), eta)
+            elif sampler == 'dpm++':
                 y = dpmpp_step(y, x_0, alpha_bar, alpha_bar_next, previous)
-            previous = x_0, alpha_bar
+            previous = (x_0, alpha_bar)
         return y
-# ==== 4. U-NET: eps_theta =========================================================================
-#    Residual blocks at falling, then rising resolution; every feature map of the way down is
-#    concatenated on the way up; attention in the middle and where asked for; t in every block.
-#    The last layer of each branch, and of the network, starts at zero: the first output is 0.
+
+
+# ==== 3. THE CONDITIONAL U-NET, eps_theta =========================================================
+#
+# It sees the noisy image and the draft, stacked as channels, and returns the noise. On the way down
+# residual blocks alternate with halvings of the resolution, so that the middle sees the whole image
+# at once; on the way up the resolution doubles again. As halving loses the exact places of things,
+# every feature map of the way down is stored and handed to its partner on the way up.
+
+
 def time_embedding(t, width):
-    """Sinusoids of t: [B] -> float32 [B, width] on t's device, cosines first."""
-    # cos(w_i t), sin(w_i t) with w_i = exp(-ln(10^4) i / (width/2)), i = 0 ... width/2 - 1
+    """Times as points on circles, float32: t [B] -> [B, width], cosines first, then sines."""
+    # cos(w_i t) and sin(w_i t),  w_i = exp(-ln(10^4) i / (width / 2)),  i = 0 ... width / 2 - 1
+    #
+    # A single number t would be a poor input: the network must tell neighbouring times apart as
+    # well as early from late ones. The fastest circle turns by one radian a step, the slowest by
+    # about 10^-4: like the hands of a clock, together they tell the time at every scale.
     i = torch.arange(width // 2, device=t.device)
-    angle = t[:, None] * torch.exp(-math.log(1e4) / (width // 2) * i)  # [B, width/2]
-    return torch.cat([angle.cos(), angle.sin()], dim=1)
+    frequencies = torch.exp(-math.log(1e4) / (width // 2) * i)
+    angles = t[:, None] * frequencies  # [B, width / 2]
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
 def zero_init(conv):
-    """The same convolution with all parameters zero."""
+    """The same convolution with all its parameters set to zero."""
     for parameter in conv.parameters():
         nn.init.zeros_(parameter)
     return conv
+
+
 class ResBlock(nn.Module):
-    """Residual block that sees the embedding of t (and z): [B, c_in, H, W] -> [B, c_out, H, W]."""
-    def __init__(self, c_in, c_out, c_emb, groups=1, dropout=0.0, scale_shift=False):
+    """A residual block that is told the time: [B, in_channels, H, W] -> [B, out_channels, H, W].
+
+    embedding_dim: width of the embedding of t (and z); groups: of GroupNorm. With scale_shift the
+    embedding scales and shifts the features, which the authors use in networks that see z;
+    without, it is added to them.
+    """
+
+    def __init__(self, in_channels, out_channels, embedding_dim, groups, dropout, scale_shift):
         super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
         self.scale_shift = scale_shift
-        self.emb = nn.Linear(c_emb, 2 * c_out if scale_shift else c_out)
-        self.norm2, self.dropout = nn.GroupNorm(groups, c_out), nn.Dropout(dropout)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
-        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-    def forward(self, h, emb):
-        r = self.conv1(F.silu(self.norm1(h)))
-        e = rearrange(self.emb(F.silu(emb)), 'b c -> b c 1 1')
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.project = nn.Linear(embedding_dim, 2 * out_channels if scale_shift else out_channels)
+        self.norm2 = nn.GroupNorm(groups, out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.skip = nn.Identity()
+        if in_channels != out_channels:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, h, embedding):
+        # First half of the branch: normalise, apply the nonlinearity, mix neighbouring pixels.
+        branch = self.conv1(F.silu(self.norm1(h)))
+
+        # Tell every pixel the time (and z, if the network was built for it): one number a channel,
+        # added before the norm, or two, a scale and a shift after it. All pixels get the same, as
+        # the noise is as strong everywhere.
+        embedding = rearrange(self.project(F.silu(embedding)), 'b c -> b c 1 1')
         if self.scale_shift:
-            scale, shift = e.chunk(2, dim=1)
-            r = self.norm2(r) * (1 + scale) + shift
+            scale, shift = embedding.chunk(2, dim=1)
+            branch = self.norm2(branch) * (1 + scale) + shift
         else:
-            r = self.norm2(r + e)
-        return self.skip(h) + self.conv2(self.dropout(F.silu(r)))
+            branch = self.norm2(branch + embedding)
+
+        # Second half. `conv2` starts at zero: an untrained block passes its input through (but for
+        # a change of width), so that even a deep stack of blocks trains from the first step.
+        branch = self.conv2(self.dropout(F.silu(branch)))
+        return self.skip(h) + branch
+
+
 class Attention(nn.Module):
-    """Residual multi-head self-attention over the pixels of [B, C, H, W]."""
-    def __init__(self, channels, heads, groups=1):
+    """Residual self-attention in which every pixel looks at all others: [B, C, H, W] -> same."""
+
+    def __init__(self, channels, heads, groups):
         super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(groups, channels)
+        self.heads = heads
+        self.norm = nn.GroupNorm(groups, channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
     def forward(self, h):
-        q, k, v = rearrange(self.qkv(self.norm(h)), 'b (qkv heads d) y x -> qkv b heads (y x) d',
-                            qkv=3, heads=self.heads)
-        a = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(d)) v
-        return h + self.out(rearrange(a, 'b heads (y x) d -> b (heads d) y x', y=h.shape[2]))
+        # Each pixel makes a query, a key and a value. The channels are split among heads, since one
+        # softmax gives one weighting of the other pixels: several heads look at several things.
+        query, key, value = rearrange(
+            self.qkv(self.norm(h)),
+            'b (qkv heads d) y x -> qkv b heads (y x) d',
+            qkv=3,
+            heads=self.heads,
+        )
+
+        # softmax(query key^T / sqrt(d)) value: a mean of the values of all pixels, weighted by how
+        # well their keys fit the query. sqrt(d) keeps the softmax from saturating as d grows.
+        mixed = F.scaled_dot_product_attention(query, key, value)
+
+        mixed = rearrange(mixed, 'b heads (y x) d -> b (heads d) y x', y=h.shape[2])
+        return h + self.out(mixed)
+
+
+class UNetBlock(nn.Module):
+    """A residual block and, at resolutions that attend, attention behind it (else None)."""
+
+    def __init__(self, residual, attention):
+        super().__init__()
+        self.residual = residual
+        self.attention = attention
+
+    def forward(self, h, embedding):
+        h = self.residual(h, embedding)
+        if self.attention is not None:
+            h = self.attention(h)
+        return h
+
+
+class Downsample(nn.Module):
+    """Half the resolution, by a convolution with stride 2: [B, C, H/2, W/2].
+
+    It is called like a block, so that `UNet.trunk` is a plain loop, but needs no embedding.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, h, embedding):
+        return self.conv(h)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: pixels repeated, then a convolution: [B, C, 2H, 2W]."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h, embedding):
+        return self.conv(F.interpolate(h, scale_factor=2))
+
+
+def embedding_mlp(width, embedding_dim):
+    """Two linear layers that turn t's circles, or z, into what the residual blocks are told."""
+    return nn.Sequential(
+        nn.Linear(width, embedding_dim),
+        nn.SiLU(),
+        nn.Linear(embedding_dim, embedding_dim),
+    )
+
+
 class UNet(nn.Module):
-    """eps_theta: x [B, in_channels, size, size], t [B], z [B, z_dim] -> [B, out_channels, ...].
-    `attention` names resolutions; z_dim = 0: no z. bf16: in bfloat16 but for the float32 head."""
-    def __init__(self, in_channels, out_channels, size, channels, multipliers, blocks, attention=(),
-                 heads=1, dropout=0.0, z_dim=0, bf16=False):
+    """eps_theta: its input [B, in_channels, size, size], t [B] and z [B, z_dim] -> the noise.
+
+    channels: the width of the first level; multipliers: each level's width as a multiple of it,
+    e.g. (1, 2, 2, 2); blocks: how many a level has on the way down; attention: the resolutions, in
+    pixels, that attend besides the middle; z_dim: 0 if the network is not to see z; bfloat16:
+    compute all but the last layers in it. Raises UserError if the numbers do not fit each other.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        size,
+        channels,
+        multipliers,
+        blocks,
+        attention=(),
+        heads=1,
+        dropout=0.0,
+        z_dim=0,
+        bfloat16=False,
+    ):
         super().__init__()
-        last = len(multipliers) - 1
-        if (size % 2**last or not {*attention} <= {size >> i for i in range(last + 1)}
-                or any(m * channels % heads for m in multipliers)):
-            raise ValueError(f'{last + 1} levels do not fit {size=}, {attention=} or {heads=}')
-        self.channels, self.bf16, c_emb = channels, bf16, 4 * channels
-        mlp = lambda c: nn.Sequential(nn.Linear(c, c_emb), nn.SiLU(), nn.Linear(c_emb, c_emb))
-        # GroupNorm takes away each group's mean, with few channels in a group the image's mean
-        # colour: so the paper's 32 groups from its 128 channels on, a single group below.
+        self.widths = [multiplier * channels for multiplier in multipliers]
+        self.resolutions = [size // 2**level for level in range(len(multipliers))]
+        self.check(size, attention, heads)
+        self.image_shape = (out_channels, size, size)
+        self.channels = channels
+        self.bfloat16 = bfloat16
+
+        # GroupNorm subtracts the mean of each group of channels. With few channels in a group the
+        # image's mean colour is lost with it. The paper's large networks, with 32 groups, do well
+        # all the same; small ones then drift in colour (NOTES 4), so they have a single group.
         groups = 32 if channels >= 128 else 1
-        block = lambda c_in, c_out: ResBlock(c_in, c_out, c_emb, groups, dropout, z_dim > 0)
-        attend = lambda c, r: Attention(c, heads, groups) if r in attention else nn.Identity()
-        self.time_mlp, self.z_mlp = mlp(channels), mlp(z_dim) if z_dim else None
+        embedding_dim = 4 * channels
+
+        def new_block(width_in, width, attends):
+            residual = ResBlock(width_in, width, embedding_dim, groups, dropout, z_dim > 0)
+            return UNetBlock(residual, Attention(width, heads, groups) if attends else None)
+
+        self.time_mlp = embedding_mlp(channels, embedding_dim)
+        self.z_mlp = embedding_mlp(z_dim, embedding_dim) if z_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        c, skips = channels, [channels]  # channels of h, and of each feature map stored so far
-        for i, width in enumerate(m * channels for m in multipliers):
-            inputs = [c] + [width] * (blocks - 1)
-            level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
-            if i < last:
-                level += [[nn.Conv2d(width, width, 3, stride=2, padding=1)]]
-            self.down += map(nn.ModuleList, level)
-            skips += [width] * len(level)
-            c = width
-        self.middle = nn.ModuleList([block(c, c), Attention(c, heads, groups), block(c, c)])
-        for i, width in reversed([*enumerate(m * channels for m in multipliers)]):
-            inputs = [c_h + skips.pop() for c_h in [c] + [width] * blocks]
-            level = [[block(c_in, width), attend(width, size >> i)] for c_in in inputs]
-            if i > 0:
-                level[-1] += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1)]
-            self.up += map(nn.ModuleList, level)
-            c = width
-        self.head_norm = nn.GroupNorm(groups, c)
-        self.head = zero_init(nn.Conv2d(c, out_channels, 3, padding=1))
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        stored = self.add_way_down(new_block, blocks, attention)
+
+        # The middle, at the lowest resolution, always attends: there it is cheap, and each pixel
+        # stands for a large part of the image.
+        lowest = self.widths[-1]
+        self.middle = nn.ModuleList(
+            [new_block(lowest, lowest, True), new_block(lowest, lowest, False)]
+        )
+        self.add_way_up(new_block, blocks, attention, stored)
+
+        # The last layer starts at zero: a network that knows nothing yet predicts no noise, instead
+        # of an arbitrary pattern that it would first have to unlearn.
+        self.head_norm = nn.GroupNorm(groups, channels * multipliers[0])
+        self.head = zero_init(nn.Conv2d(channels * multipliers[0], out_channels, 3, padding=1))
+
+    def check(self, size, attention, heads):
+        """Say in words which numbers do not fit."""
+        halvings = len(self.widths) - 1
+        if halvings < 0 or size % 2**halvings:
+            raise UserError(f'{size=} cannot be halved for {len(self.widths)} multipliers')
+        if not set(attention) <= set(self.resolutions):
+            raise UserError(f'{attention=}: the levels have {self.resolutions} pixels')
+        for width in self.widths:
+            if width % heads:
+                raise UserError(f'{heads=} cannot share the {width} channels of a level evenly')
+
+    def add_way_down(self, new_block, blocks, attention):
+        """Fill `down`; returns the widths of the feature maps that `trunk` will store."""
+        # It stores one after the stem, after each block and after each halving.
+        width_in = self.channels
+        stored = [width_in]
+        for level, width in enumerate(self.widths):
+            for _ in range(blocks):
+                self.down.append(new_block(width_in, width, self.resolutions[level] in attention))
+                stored.append(width)
+                width_in = width
+            if level < len(self.widths) - 1:
+                self.down.append(Downsample(width))
+                stored.append(width)
+        return stored
+
+    def add_way_up(self, new_block, blocks, attention, stored):
+        """Fill `up`: the levels in reverse, with one block for each map that was stored there."""
+        # That is one block more than on the way down: the level also stored what came into it, from
+        # the stem or from a halving.
+        width_in = self.widths[-1]
+        for level in reversed(range(len(self.widths))):
+            width = self.widths[level]
+            for _ in range(blocks + 1):
+                attends = self.resolutions[level] in attention
+                self.up.append(new_block(width_in + stored.pop(), width, attends))
+                width_in = width
+            if level > 0:
+                self.up.append(Upsample(width))
+
     def forward(self, x, t, z=None):
-        device = 'cpu' if x.is_meta else x.device.type  # autocast does not know the meta device
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-            emb = self.time_mlp(time_embedding(t, self.channels))
-            if self.z_mlp:
-                emb = emb + self.z_mlp(z)
-            h = self.stem(x)
-            skips = [h]
-            for first, *attend in self.down:  # a block and its attention, or a halving convolution
-                h = attend[0](first(h, emb)) if attend else first(h)
-                skips.append(h)
-            block1, attend, block2 = self.middle
-            h = block2(attend(block1(h, emb)), emb)
-            for block, *others in self.up:  # a block with its attention, some with a doubling too
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
-                for layer in others:
-                    h = layer(h)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # exact: see predict_x0
-            return self.head(F.silu(self.head_norm(h.float())))
-# ==== 5. THE TWO-STAGE MODEL: the DDPM conditioned on the drafts of the frozen VAE ================
+        # Autocast computes the products in bfloat16: fast where the device has units for it, and
+        # exact enough for features.
+        if self.bfloat16:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                h = self.trunk(x, t, z)
+        else:
+            h = self.trunk(x, t, z)
+
+        # The last layers in float32: `predict_x0` multiplies bfloat16's error of 0.4% by 157.
+        return self.head(F.silu(self.head_norm(h.float())))
+
+    def trunk(self, x, t, z):
+        """The features before the last layers: [B, width of the first level, size, size]."""
+        embedding = self.time_mlp(time_embedding(t, self.channels))
+        if self.z_mlp is not None:
+            embedding = embedding + self.z_mlp(z)
+
+        # The way down.
+        h = self.stem(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, embedding)
+            skips.append(h)
+
+        for layer in self.middle:
+            h = layer(h, embedding)
+
+        # The way up: every block is given the newest map not yet used, beside h as more channels.
+        for layer in self.up:
+            if not isinstance(layer, Upsample):
+                h = torch.cat([h, skips.pop()], dim=1)
+            h = layer(h, embedding)
+        return h
+
+
+# ==== 4. THE TWO-STAGE MODEL: a diffusion model conditioned on the drafts of the frozen VAE =======
+
+# Formulation 1, Formulation 2, and the baseline: the same diffusion model without drafts.
+FORMS = ('1', '2', 'uncond')
+
+
 def network_input(y_t, x_hat, form):
-    """What eps_theta is shown of y_t and x_hat = 2 draft - 1, both [B, C, H, W]: [B, 2C, H, W]."""
-    # All that tells the formulations apart: both are shown [x_t, x_hat], but x_t = y_t in
-    # Formulation 1 (form == '1') and x_t = y_t + x_hat in Formulation 2 (form == '2').
-    x_t = y_t if form == '1' else y_t + x_hat
+    """What eps_theta is shown of y_t and the draft x_hat in [-1, 1]: [B, 2C, H, W]."""
+    # [x_t, x_hat] on the channel axis,  x_t = y_t (Formulation 1) or y_t + x_hat (Formulation 2)
+    #
+    # This is all that tells the formulations apart. As the first convolution is linear, both can
+    # even represent the same functions: they differ in where training starts and how it proceeds.
+    if form == '1':
+        x_t = y_t
+    elif form == '2':
+        x_t = y_t + x_hat
+    else:
+        raise UserError(f"{form=}: must be '1' or '2'")
     return torch.cat([x_t, x_hat], dim=1)
+
+
 class DiffuseVAE(nn.Module):
-    """Frozen VAE, U-Net (2C channels in, and z if built for it); `forward` is the loss of stage 2.
-    Form 'uncond' is a DDPM alone: vae = None and C channels in. image_shape = (C, H, W)."""
-    metrics = ('loss',)
-    def __init__(self, vae, unet, diffusion, form, image_shape, cond_drop=0.0):
+    """The frozen VAE and the diffusion model on its drafts; `forward` is the loss of stage 2.
+
+    vae: of stage 1, or None if form is 'uncond'; unet: with 2C input channels, or C for 'uncond';
+    form: one of FORMS; cond_drop: share of the training images whose draft and z are withheld, for
+    guidance. Raises UserError for another form.
+    """
+
+    metrics = ('loss',)  # what `forward` returns
+
+    def __init__(self, vae, unet, diffusion, form, cond_drop=0.0):
         super().__init__()
-        self.z_dim = vae.z_dim if vae else 0
-        self.vae = vae.requires_grad_(False).eval() if vae else None
-        self.unet, self.diffusion, self.form = unet, diffusion, form
-        self.image_shape, self.cond_drop = image_shape, cond_drop
-    device = property(lambda self: self.diffusion.alpha_bar.device)
+        if form not in FORMS or (vae is None) != (form == 'uncond'):
+            raise UserError(f"{form=}: must be '1' or '2' with a VAE, or 'uncond' without one")
+        self.vae = vae
+        self.unet = unet
+        self.diffusion = diffusion
+        self.form = form
+        self.cond_drop = cond_drop
+        self.image_shape = unet.image_shape
+        self.z_dim = vae.z_dim if vae is not None else 0
+        if vae is not None:
+            vae.requires_grad_(False)
+            vae.eval()
+
+    @property
+    def device(self):
+        """Where the model's tensors are."""
+        return self.diffusion.alpha_bar.device
+
     def train(self, mode=True):
-        """As for every module, except that the frozen VAE stays in eval mode."""
-        self.training = self.unet.train(mode).training
+        """Switch dropout on or off, as in every module; the frozen VAE stays in eval mode."""
+        super().train(mode)
+        if self.vae is not None:
+            self.vae.eval()
         return self
+
     def eps_theta(self, y_t, t, x_hat, z):
-        """The network's noise in y_t, given the draft x_hat in [-1, 1] and its z: [B, C, H, W]."""
+        """The U-Net's estimate of the noise in y_t [B, C, H, W], given x_hat in [-1, 1] and z.
+
+        z [B, z_dim] is ignored, unless the U-Net was built with z_dim.
+        """
         if self.form == 'uncond':
             return self.unet(y_t, t)
         return self.unet(network_input(y_t, x_hat, self.form), t, z)
-    def noise(self, n, g):
-        """What a training step on n images draws: eps_z, t, eps, and keep (0: without draft)."""
-        # Stratified: t of image i is uniform in [i, i + 1) T / n, hence, as images are drawn at
-        # random, in [0, T). The loss falls 500-fold from t = 0 to T - 1: so batches are alike.
-        T = len(self.diffusion.schedule)
-        t = (torch.arange(n) + torch.rand(n, generator=g)) * T / n
-        return (torch.randn(n, self.z_dim, generator=g), t.long().clamp(max=T - 1),
-                torch.randn(n, *self.image_shape, generator=g),
-                (torch.rand(n, generator=g) >= self.cond_drop).float())
-    def forward(self, x, eps_z, t, eps, keep):
-        x_hat = z = None
-        if self.vae:
-            with torch.no_grad():  # z is a sample of q(z|x), not its mean, and new in every step
-                z = reparameterize(*self.vae.encode(x), eps_z)
-                x_hat = (2 * self.vae.decode(z) - 1) * rearrange(keep, 'b -> b 1 1 1')
-                z = z * rearrange(keep, 'b -> b 1')
-        eps_theta = partial(self.eps_theta, x_hat=x_hat, z=z)
-        return (ddpm_loss(eps_theta, 2 * x - 1, self.diffusion.alpha_bar, t, eps),)
-    def refine(self, draft, z, y_T, noise, guidance=0.0, **how):
-        """The image in [0, 1] for a draft in [0, 1] (None for 'uncond') and its z.
-        `how` goes to Diffusion.sample; guidance W > 0 needs a model trained with cond_drop."""
-        x_hat = None if draft is None else 2 * draft - 1
-        def eps_theta(y_t, t):
-            # Classifier-free guidance: eps = (1 + W) eps(condition) - W eps(null), away from what
-            # the network would do without one. Null is x_hat = 0 and z = 0 in both forms.
+
+    def random_inputs(self, n, generator):
+        """All that a training step on n images draws, by the names of `forward`'s arguments."""
+        # DDPM draws the times independently. Here the i-th image of the batch gets one from the
+        # i-th of n equal parts of [0, T). As images are in random order, each still gets all times
+        # equally often; but batches are more alike, since none has many of the small times, where
+        # the loss is largest (NOTES 3). The clamp only guards against rounding up to T.
+        T = self.diffusion.T
+        t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
+        return {
+            't': t.long().clamp(max=T - 1),
+            'eps_z': torch.randn(n, self.z_dim, generator=generator),
+            'eps': torch.randn(n, *self.image_shape, generator=generator),
+            'keep': (torch.rand(n, generator=generator) >= self.cond_drop).float(),
+        }
+
+    def forward(self, x, t, eps_z, eps, keep):
+        """The loss for images x [B, C, H, W] in [0, 1], as a tuple like `metrics`.
+
+        t: [B], times; eps_z: [B, z_dim] and eps: [B, C, H, W], noise of the code and of the image;
+        keep: [B], 0 where draft and z are withheld, else 1.
+        """
+        x_hat = None
+        z = None
+        if self.vae is not None:
+            # Encode. The bound has an expectation over q(z|x), so z is a sample, not the mean, and
+            # another one each time that the image comes up. The VAE is frozen: no gradients.
+            with torch.no_grad():
+                mu, logvar = self.vae.encode(x)
+                z = reparameterize(mu, logvar, eps_z)
+
+                # Draft, and bring it from the VAE's [0, 1] to the diffusion model's [-1, 1].
+                x_hat = 2 * self.vae.decode(z) - 1
+
+            # Withhold some, if asked to: for guidance the network must also know the answer without
+            # a draft. It then sees zeros, that is a grey image and the middle of the prior.
+            x_hat = x_hat * rearrange(keep, 'b -> b 1 1 1')
+            z = z * rearrange(keep, 'b -> b 1')
+
+        # Noise the image, and predict the noise given the draft.
+        def conditioned(y_t, t):
+            return self.eps_theta(y_t, t, x_hat, z)
+
+        return (ddpm_loss(conditioned, 2 * x - 1, self.diffusion.alpha_bar, t, eps),)
+
+    def generate(self, z, y_T, draw_noise, draft=None, guidance=0.0, **chain):
+        """Sampling: the draft of a code z, and the draft refined, both [B, C, H, W] in [0, 1].
+
+        z: [B, z_dim], from the prior N(0, I) for new images; y_T: [B, C, H, W], noise ~ N(0, I);
+        draft: instead of the decoder's; guidance: the weight w >= 0, for models with cond_drop.
+        `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
+        The baseline has no draft: it returns None for it.
+        """
+        # Stage 1 drafts.
+        x_hat = None
+        if self.vae is not None:
+            if draft is None:
+                draft = self.vae.decode(z)
+            x_hat = 2 * draft - 1
+
+        # Stage 2 refines, by a reverse chain that is shown the draft at each step.
+        def conditioned(y_t, t):
             eps = self.eps_theta(y_t, t, x_hat, z)
-            if guidance:
-                null = self.eps_theta(y_t, t, 0 * x_hat, 0 * z)
-                eps = (1 + guidance) * eps - guidance * null
-            return eps
-        return (self.diffusion.sample(eps_theta, y_T, noise, **how) + 1) / 2
-# ==== 6. SETTINGS: tables of options; `main` finds a command's by its parameter's annotation ======
-#    Later ones win: defaults, preset, stage 1, the run so far; the command line where still free.
-FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}  # --form, and its name in files
-EVALUATED = ('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform')  # by `evaluate`
-DRAWING = 'sample reconstruct interpolate edit robust'  # commands that take --sampler, --spacing
-def ints(text):
-    """'1,2,2' -> (1, 2, 2)."""
-    return tuple(int(n) for n in text.split(',') if n)
-def pairs(text):
-    """'32:16,1:32' -> {32: 16, 1: 32}."""
-    return dict(ints(pair.replace(':', ',')) for pair in text.split(','))
-DDPM = dict(clip=1.0, ema=0.9999, flip=True)
-def paper(data, size, width, encoder, decoder, multipliers, attention, images, vae, ddpm,
-          dropout=0.1, lr=2e-4, flip=False):
-    """A preset of the paper: settings of both stages, stage 1, 2. vae, ddpm: epochs and batch."""
-    both = dict(data=data, size=size, width=pairs(width), encoder=pairs(encoder),
-                decoder=pairs(decoder))
-    unet = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention, heads=8)
-    vae, ddpm = [dict(batch=b, steps=epochs * images // b) for epochs, b in (vae, ddpm)]
-    return (both, dict(lr=1e-4, warmup=1, flip=flip) | vae,
-            DDPM | unet | dict(dropout=dropout, lr=lr, warmup=5000) | ddpm)
-PRESETS = {  # 'small' is ours; where the others' figures come from: NOTES.md
-    'small': (dict(data='shapes'),
-              dict(alpha=0.1, clip=100.0, ema=0.9999, batch=64, steps=1500), DDPM),
-    'cifar10': paper(
-        'cifar10', 32, '32:64,16:128,8:256,4:256,1:512', '32:7,16:4,8:4,4:3,1:3',
-        '1:1,4:2,8:3,16:7,32:15', (1, 2, 2, 2), (16,), 50_000, (500, 128), (2850, 256), 0.3),
-    'celeba64': paper(
-        'celeba', 64, '64:64,32:128,16:256,8:256,4:256,1:512', '64:7,32:4,16:7,8:3,4:3,1:2',
-        '1:1,4:2,8:3,16:7,32:8,64:10', (1, 2, 2, 2, 4), (4,), 162_770, (245, 32), (500, 128)),
-    'celebahq128': paper(
-        'celebahq', 128, '128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
-        '128:1,64:3,32:3,16:7,8:3,4:3,1:2', '1:1,4:2,8:2,16:6,32:2,64:2,128:1',
-        (1, 2, 2, 3, 4), (8,), 30_000, (500, 42), (1000, 64), lr=2e-5, flip=True),
-    'celebahq256': paper(
-        'celebahq', 256, '256:64,128:64,64:64,32:128,16:128,8:256,4:512,1:1024',
-        '256:3,128:3,64:5,32:7,16:9,8:7,4:5,1:2', '1:2,4:4,8:6,16:8,32:5,64:4,128:2,256:2',
-        (1, 1, 2, 2, 4, 4), (16,), 30_000, (500, 16), (1000, 64), lr=2e-5, flip=True)}
-def option(default, help, low=None, high=1e15, choices=None, kind='fixed', only=None):
-    """A setting: 'fixed' in a run or set of images, 'passed' on to stage 2, or 'free' to change."""
-    return field(default=default, metadata=dict(locals()))
-@dataclass
-class Config:
-    """All settings of a training run, kept in its checkpoint. A type is what parses the text."""
-    stage: int = option(None, '1 trains the VAE, 2 the diffusion model', choices=(1, 2))
-    form: str = option('1', 'formulation of stage 2, or the baseline', choices=FORMS)
-    preset: str = option('small', 'ours, or one of the paper', choices=PRESETS, kind='passed')
-    data: str = option('shapes', 'shapes, mnist, fashion, cifar10, celeba, a folder', kind='passed')
-    root: str = option('data', 'where the files of a named data set are, or go', kind='free')
-    out: str = option(None, 'folder of the run; default runs/<data>', kind='free')
-    size: int = option(32, 'height and width of images; 64 for celeba', 16, 4096, kind='passed')
-    flip: bool = option(False, 'mirror training images at random; never mnist and fashion')
-    encoder: pairs = option(None, 'VAE: blocks by resolution, 32:0,8:1,...,1:1', kind='passed')
-    decoder: pairs = option(None, 'VAE: the same back up, 1:1,...,32:0', kind='passed')
-    width: pairs = option(None, 'VAE: channels by resolution, 32:16,...,1:16', kind='passed')
-    alpha: float = option(1.0, 'VAE: weight of the KL', 0, 1e9, kind='passed')
-    signal: str = option('image', 'what the VAE models of it', choices=SIGNALS, kind='passed')
-    timesteps: int = option(1000, 'diffusion: T; below 500 y_T is not yet noise', 100, 10_000)
-    channels: int = option(24, 'U-Net: channels of the first level', 4, 65536)
-    multipliers: ints = option((1, 2), 'U-Net: channel multiplier of each level')
-    blocks: int = option(1, 'U-Net: residual blocks a level', 1, 100)
-    attention: ints = option((), 'U-Net: resolutions with attention, beside the middle')
-    heads: int = option(4, 'U-Net: attention heads', 1, 65536)
-    dropout: float = option(0.0, 'U-Net: dropout in its blocks', 0, 0.99)
-    z_cond: bool = option(False, 'U-Net: takes z itself besides the draft')
-    cond_drop: float = option(0.0, 'share of images trained without draft, for guidance', 0, 0.99)
-    precision: str = option(None, 'of the U-Net; default: fast', choices=('float32', 'bfloat16'))
-    steps: int = option(2000, 'training steps; a larger number extends a run', 1, kind='free')
-    batch: int = option(32, 'images a step', 1, 1_000_000)
-    lr: float = option(2e-3, "Adam's learning rate", 0, 1)
-    warmup: int = option(100, 'steps of linear warm-up of the learning rate', 1)
-    clip: float = option(math.inf, 'largest norm of the gradient', 0, math.inf)
-    ema: float = option(0.0, 'decay of the averaged weights; rises to it as (1+n)/(10+n)', 0, 1)
-    seed: int = option(0, 'seed of weights, batches and noise', 0)
-    device: str = option(None, 'cpu, cuda, cuda:1, mps; default: cuda if there is one', kind='free')
-    save_every: float = option(60.0, 'seconds between checkpoints', 0, kind='free')
-@dataclass
-class Sampling:
-    """All settings of `sample` and the experiments: how images are generated."""
-    out: str = option('runs/shapes', 'folder of the run', kind='free')
-    form: str = option(None, 'which model; default: the first found', choices=FORMS, kind='free')
-    num: int = option(None, 'images: 64; evaluate 500 or 200; pictures 8 or 9', 1, kind='free')
-    steps: int = option(50, 'steps, each a network call (two if guided)', 1, only=DRAWING)
-    sampler: str = option('ddpm', 'update rule', choices=('ddpm', 'ddim', 'dpm++'), only=DRAWING)
-    sigma: str = option('small', 'variance of a ddpm step', choices=('large', 'small'))
-    eta: float = option(0.0, 'noise of a ddim step; 1: as ddpm with small sigma', 0, 1)
-    spacing: str = option('quadratic', 'of times', choices=('uniform', 'quadratic'), only=DRAWING)
-    temperature: float = option(1.0, 'scale of the starting noise y_T, not of x_hat', 0, 1e3)
-    shared_noise: bool = option(False, 'one noise sequence for all images', only='sample evaluate')
-    start: int = option(None, 'truncated chain: as if T were this', 1)
-    guidance: float = option(0.0, 'weight W, for models trained with --cond-drop', 0, 100)
-    gmm: int = option(None, 'Ex-PDE: z from a mixture of K Gaussians', 1, only='sample evaluate')
-    seed: int = option(0, 'seed of z and noise', 0)
-    png: str = option(None, 'folder for single images, not a grid', kind='free', only='sample')
-    real: bool = option(False, 'with --png: training images', kind='free', only='sample')
-    device: str = option(None, 'as for train', kind='free')
-    calls: ints = option((5, 10, 25), 'network calls an image', kind='free', only='evaluate')
-    seeds: int = option(2, 'number of seeds, from --seed on', 2, 1000, kind='free', only='evaluate')
-    bits: bool = option(False, 'the bound on -log2 p(x) instead', kind='free', only='evaluate')
-    json: str = option(None, 'file; default OUT/evaluate.json', kind='free', only='evaluate')
-    path: str = option('slerp', 'of z', choices=('slerp', 'linear'), only='interpolate')
-    attribute: str = option(None, 'kind=circle, size>0.5, digit=3, Smiling', only='edit')
-@dataclass
-class Other:
-    """All settings of `bench` and `exercise`."""
-    device: str = option(None, 'as for train', only='bench')
-    tflops: float = option(50.0, 'TFLOP/s sustained, to project', 1e-6, 1e6, only='bench')
-    out: str = option('student.py', 'file to write', only='exercise')
-    only: ints = option((), 'exercises to blank, 1,2,5; default: all', only='exercise')
-    list: bool = option(False, 'print the exercises and their points instead', only='exercise')
-def resolve(given, before, path):
-    """The `Config` for options `given` and settings of a checkpoint: resumed, stage 1's, or {}."""
-    resume = before.get('stage') == given['stage']
-    kept = {f.name: before[f.name] for f in fields(Config) if f.name in before and
-            (f.metadata['kind'] == 'passed' or resume and f.metadata['kind'] == 'fixed')}
-    for name, value in kept.items():
-        if given.get(name, value) != value:
-            raise UserError(f'--{name.replace("_", "-")} {given[name]}: {path} has {value}')
-    both, *stages = PRESETS[(kept | given).get('preset', 'small')]
-    fresh = both | stages[given['stage'] - 1] | {'root': before.get('root', 'data')} | kept
-    settings = (before if resume else fresh) | given
-    size = settings.setdefault('size', 64 if settings['data'] == 'celeba' else 32)
-    networks = dict(  # the VAE of ours, where no preset says, for sizes that are multiples of 16
-        width={size: 16, 16: 32, 8: 64, 4: 128, 1: size**2 // 64},
-        encoder={size: 0, 8: 1, 4: 2, 1: 1}, decoder={1: 1, 4: 3, 8: 2, 16: 1, size: 0})
-    config = Config(**networks | settings)
-    if config.signal == 'grey' and config.data in GREY:
-        raise UserError(f'--signal grey: the images of --data {config.data} are grey already')
-    return config
-# ==== 7. TRAINING: one loop for both stages =======================================================
-#    A stage is a module: noise(n, g) draws for a step, forward(x, *noise) gives `metrics`.
-def build(config):
-    """The module that `config` describes: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    c, C, bf16 = config, 1 if config.data in GREY else 3, config.precision == 'bfloat16'
+            if guidance == 0:
+                return eps
+
+            # Classifier-free guidance: (1 + w) eps(x_hat, z) - w eps(0, 0) exaggerates what draft
+            # and z change in the answer. Without them, Formulation 2's network sees y_t itself.
+            eps_null = self.eps_theta(y_t, t, 0 * x_hat, 0 * z)
+            return (1 + guidance) * eps - guidance * eps_null
+
+        x_0 = self.diffusion.sample(conditioned, y_T, draw_noise, **chain)
+        return draft, (x_0 + 1) / 2
+
+
+# ==== PART 2: RUNNING IT ==========================================================================
+# What a training run needs besides the method: images, settings, a loop, and pictures to look at.
+# A reader who came for the method may leave here; one who wants to train should read on.
+
+# ==== 5. DATA =====================================================================================
+# A set of images gives batches in [0, 1], for the VAE; section 4 maps them to [-1, 1] for the
+# diffusion model. Held-out images never enter training: they are a test split, 5% of a folder, or
+# shapes drawn with another seed. The built-in shapes need no download. A VAE learns their outline,
+# place, size and colours in minutes and blurs their stripes, which the diffusion model restores:
+# so a laptop shows what the method does.
+
+
+def seed_of(*key):
+    """A seed that is a function of `key` alone, e.g. (0, 'step', 17), and of each part of it."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits, as many as torch takes
+
+
+def make_generator(*key):
+    """A random generator on the CPU with the `seed_of` a key."""
+    return torch.Generator().manual_seed(seed_of(*key))
+
+
+def hsv_to_rgb(hue, saturation, value):
+    """Colours in [0, 1]: hue [N, 1, 1], saturation and value numbers -> [N, 3, 1, 1]."""
+    # Each channel is a trapezoid over the circle of hues; red, green and blue are a third apart.
+    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+KINDS = ('wide', 'circle', 'tall')  # of shapes: a wide bar, a circle and a tall bar
+
+
+def draw_shapes(n, generator, size=32):
+    """Draw n striped shapes on plain grounds.
+
+    Returns uint8 images [n, 3, size, size], and the factors behind them, each [n]: kind is 0, 1 or
+    2 (see KINDS), the others lie in [0, 1].
+    """
+    # Eight uniform numbers decide an image. The ranges are such that a Gaussian code can hold them:
+    # hues, for example, go from red to blue, as a whole circle of them would not fit (NOTES 4).
+    u = torch.rand(8, n, 1, 1, generator=generator)
+    kind = (3 * u[0]).long()
+    hue = 0.7 * u[1]
+    ground = 0.7 * u[2]
+    center_x = 0.435 + 0.13 * u[3]
+    center_y = 0.435 + 0.13 * u[4]
+    radius = 0.27 + 0.08 * u[5]
+    angle = math.pi / 4 * (4 * u[6]).floor()  # of the stripes: one of four
+    phase = 2 * math.pi * u[7]
+
+    # Places relative to the centre; the image is the unit square.
+    pixel = (torch.arange(size) + 0.5) / size
+    x = pixel - center_x  # [n, 1, size]
+    y = pixel[:, None] - center_y  # [n, size, 1]
+
+    # The distance of each pixel to the outline, negative inside; so the edge can be antialiased.
+    wide = torch.maximum(x.abs() - 1.2 * radius, y.abs() - 0.65 * radius)
+    circle = (x**2 + y**2).sqrt() - 0.95 * radius
+    tall = torch.maximum(x.abs() - 0.65 * radius, y.abs() - 1.2 * radius)
+    distance = torch.stack([wide, circle, tall])[kind.flatten(), torch.arange(n)]
+    inside = (0.5 - size / 2 * distance).clamp(0, 1)[:, None]  # [n, 1, size, size]
+
+    # Stripes, five pixels a period, modulate the shape's colour.
+    along = x * angle.cos() + y * angle.sin()
+    stripes = torch.sin(2 * math.pi / 5 * size * along + phase)
+    shape = hsv_to_rgb(hue, 0.75, 0.62) * (1 + 0.6 * stripes[:, None])
+    images = inside * shape + (1 - inside) * hsv_to_rgb(ground, 0.3, 0.9)
+
+    factors = {'kind': kind, 'hue': u[1], 'ground': u[2], 'x': u[3], 'y': u[4], 'size': u[5]}
+    factors = {name: factor.flatten() for name, factor in factors.items()}
+    return (255 * images).round().byte(), factors
+
+
+def read_picture(path, size, crop=True):
+    """The picture in a file as uint8 [3, size, size]: its central square, or all of it squeezed.
+
+    Raises UserError if Pillow cannot read the file.
+    """
     try:
-        model = vae = None if c.form == 'uncond' else VAE(
-            C, c.size, c.encoder, c.decoder, c.width, c.alpha, c.signal)
-        shape = C, c.size, c.size
-        if c.stage == 2:
-            unet = UNet(2 * C if vae else C, C, c.size, c.channels, c.multipliers, c.blocks,
-                        c.attention, c.heads, c.dropout, vae.z_dim * c.z_cond if vae else 0, bf16)
-            model = DiffuseVAE(vae, unet, Diffusion(c.timesteps), c.form, shape, c.cond_drop)
-        step = torch.zeros(2, *shape), *model.noise(2, generator())
-        copy.deepcopy(model).to('meta')(*[tensor.to('meta') for tensor in step])  # do layers fit?
-    except (ValueError, KeyError, RuntimeError, ZeroDivisionError) as error:
-        if isinstance(error, NotImplementedError):  # an exercise that is not solved
-            raise
-        raise UserError(f'no network for --size {c.size} and these settings: {error!r}') from error
-    return model
-def choose_device(name):
-    """The device of that name, by default CUDA if there is one, and the fast precision on it."""
-    cuda = f'cuda:{os.environ.get("LOCAL_RANK", 0)}' if torch.cuda.is_available() else 'cpu'
+        picture = Image.open(path)
+        picture.load()
+    except Exception as error:  # on a broken file its decoders raise nearly anything
+        raise UserError(f'{path}: {error}') from error
+
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith('I'):  # 16 bits: keep the upper 8, where `convert` would clip
+        picture = picture.convert('I').point(lambda value: value / 256).convert('L')
+    picture = picture.convert('RGB')
+    if crop:
+        picture = ImageOps.fit(picture, (size, size), method=Image.LANCZOS)
+    else:
+        picture = picture.resize((size, size))
+    return pil_to_tensor(picture)
+
+
+class Images:
+    """A set of images in memory: uint8 pixels [N, C, H, W], and labels {name: [N]}."""
+
+    def __init__(self, pixels, labels):
+        self.pixels = pixels
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def batch(self, indices):
+        """The images of those indices: floats in [0, 1], [B, C, H, W]."""
+        return self.pixels[indices].float() / 255
+
+
+class ImageFiles:
+    """A set of images in files, for sets too large for the memory, with the same `batch`."""
+
+    def __init__(self, paths, labels, size, crop=True):
+        self.paths = paths
+        self.labels = labels
+        self.size = size
+        self.crop = crop
+        self.unreadable = set()
+        self.pool = ThreadPoolExecutor()  # Pillow decodes several files at once
+
+    def __len__(self):
+        return len(self.paths)
+
+    def read(self, index):
+        """File `index` as uint8 [3, size, size]; if it is broken, a warning, and the next one."""
+        for offset in range(len(self)):
+            path = self.paths[(int(index) + offset) % len(self)]
+            if path in self.unreadable:
+                continue
+            try:
+                return read_picture(path, self.size, self.crop)
+            except UserError as error:
+                self.unreadable.add(path)
+                print(f'warning: skipped {error}', file=sys.stderr)
+        raise UserError(f'none of {len(self)} image files can be read, e.g. {self.paths[0]}')
+
+    def read_all(self, indices):
+        """The images of those indices: uint8 [B, 3, size, size]."""
+        return torch.stack(list(self.pool.map(self.read, indices)))
+
+    def batch(self, indices):
+        """The images of those indices: floats in [0, 1], [B, C, H, W]."""
+        return self.read_all(indices).float() / 255
+
+
+def in_memory_if_small(files):
+    """Read `ImageFiles` at once if their pixels fit into 1 GB."""
+    if 3 * files.size**2 * len(files) > 1e9:
+        return files
+    return Images(files.read_all(range(len(files))), files.labels)
+
+
+def load_shapes(root, size, train):
+    """20,000 shapes to train on, 2,000 held out."""
+    n = 20_000 if train else 2_000
+    pixels, factors = draw_shapes(n, make_generator('shapes', train), size)
+    return Images(pixels, factors)
+
+
+def load_torchvision(dataset, root, **split):
+    """A set that torchvision can download, below the folder `root`, or a UserError."""
     try:
-        device = torch.device(name or cuda)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: not on this machine; cpu always is') from error
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    cpu = torch.cpu.get_capabilities() if device.type == 'cpu' else {}  # times: NOTES 4
-    fast = (cpu.get('amx_bf16') or cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name']
-            or device.type == 'cuda' and torch.cuda.is_bf16_supported())
-    return device, 'bfloat16' if fast else 'float32'
+        return dataset(root, download=True, **split)
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
+        raise UserError(f'--data: not in {root}/{folder}; no download: {error}') from error
+
+
+def load_grey(dataset, label, root, train):
+    """Grey images of 28x28, with two black pixels added on each side: [N, 1, 32, 32]."""
+    found = load_torchvision(dataset, root, train=train)
+    pixels = F.pad(found.data[:, None], (2, 2, 2, 2))
+    return Images(pixels, {label: torch.as_tensor(found.targets)})
+
+
+def load_mnist(root, size, train):
+    """60,000 digits to train on, 10,000 held out."""
+    return load_grey(datasets.MNIST, 'digit', root, train)
+
+
+def load_fashion(root, size, train):
+    """60,000 pieces of clothing to train on, 10,000 held out."""
+    return load_grey(datasets.FashionMNIST, 'class', root, train)
+
+
+def load_cifar10(root, size, train):
+    """50,000 photographs of ten classes to train on, 10,000 held out."""
+    found = load_torchvision(datasets.CIFAR10, root, train=train)
+    pixels = rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x')
+    return Images(pixels, {'class': torch.as_tensor(found.targets)})
+
+
+def load_celeba(root, size, train):
+    """162,770 faces to train on, 19,962 held out, with 40 attributes such as Smiling.
+
+    As the authors do, the 178x218 pixels are squeezed to a square without a crop. To download the
+    set torchvision needs the package gdown.
+    """
+    found = load_torchvision(datasets.CelebA, root, split='train' if train else 'test')
+    paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
+    labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
+    return in_memory_if_small(ImageFiles(paths, labels, size, crop=False))
+
+
+PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+
+
+def load_folder(folder, size, train):
+    """All pictures below a folder. Held out are the 5% of names with the lowest hash."""
+
+    # By a hash of the name, not by chance: the held-out pictures of a folder of hundreds stay held
+    # out when files are added. (In a small one the lowest hash is, which a new file may have.)
+    def name_hash(path):
+        return hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
+
+    paths = [path for path in Path(folder).rglob('*') if path.suffix.lower() in PICTURES]
+    paths = sorted(paths, key=name_hash)
+    held_out = max(1, sum(name_hash(path)[0] < 0.05 * 256 for path in paths))
+    if len(paths) <= held_out:
+        names = ', '.join(DATA_SETS)
+        raise UserError(f'--data {folder}: neither one of {names}, nor a folder of images')
+    paths = paths[held_out:] if train else paths[:held_out]
+    return in_memory_if_small(ImageFiles(paths, {}, size))
+
+
+@dataclass
+class DataSet:
+    """What the program must know of a named set."""
+
+    load: Callable  # (root, size, train) -> Images or ImageFiles
+    size: int = 32  # height and width, unless --size says otherwise
+    sizes: range = range(32, 33)  # what --size may say
+    channels: int = 3
+    padding: int = 0  # pixels added on each side for the networks, and cut off in pictures
+    mirror: bool = True  # whether an image may be mirrored: digits and clothes may not
+
+
+DATA_SETS = {
+    'shapes': DataSet(load_shapes, sizes=range(16, 65)),
+    'mnist': DataSet(load_mnist, channels=1, padding=2, mirror=False),
+    'fashion': DataSet(load_fashion, channels=1, padding=2, mirror=False),
+    'cifar10': DataSet(load_cifar10),
+    'celeba': DataSet(load_celeba, size=64, sizes=range(16, 4097)),
+}
+
+
+def data_set(data):
+    """The facts of a named set, or those of a folder."""
+
+    def load(root, size, train):
+        return load_folder(data, size, train)
+
+    return DATA_SETS.get(data, DataSet(load, sizes=range(1, 4097)))
+
+
+def load_images(data, root, size, train):
+    """The training or the held-out images of a named set or of a folder; else a UserError."""
+    sizes = data_set(data).sizes
+    if size not in sizes:
+        raise UserError(f'--size {size}: --data {data} has from {sizes[0]} to {sizes[-1]}')
+    return data_set(data).load(root, size, train)
+
+
+def to_uint8(images, data):
+    """Pixels for a file: [N, C, H, W] in [0, 1] -> uint8 on the CPU, rounded, without padding."""
+    border = data_set(data).padding
+    if border:
+        images = images[..., border:-border, border:-border]
+    return (255 * images).round().clamp(0, 255).byte().cpu()
+
+
+def write_grid(path, rows, data, columns=()):
+    """Write rows, a list of (label, images [n, C, H, W] in [0, 1]), as one PNG.
+
+    Labels stand in the left margin, `columns` above the images.
+    """
+    labels = [label for label, _ in rows]
+    height, width = rows[0][1].shape[2:]
+    n = max(len(images) for _, images in rows)
+
+    # One sheet of images, white where a row is shorter; small images are enlarged.
+    cells = []
+    for _, images in rows:
+        white = torch.ones(n - len(images), images.shape[1], height, width)
+        cells += [images.cpu(), white]
+    pixels = to_uint8(torch.cat(cells), data)
+    grid = to_pil_image(utils.make_grid(pixels, nrow=n, padding=1, pad_value=255))
+    scale = max(1, 64 // pixels.shape[-1])
+    step = scale * (pixels.shape[-1] + 1)
+
+    # Margins with the labels.
+    left = 64
+    top = 16 if columns else 0
+    sheet = ImageOps.scale(grid, scale, Image.NEAREST)
+    sheet = ImageOps.expand(sheet, (left, top, 0, 0), 'white')
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(labels):
+        draw.text((4, top + (i + 0.5) * step), label, 'black', anchor='lm')
+    for i, label in enumerate(columns):
+        draw.text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
+    write_png(path, sheet)
+
+
+def write_png(path, picture):
+    """Write a picture of Pillow."""
+    write_atomically(path, lambda file: picture.save(file, format='png'))
+
+
+def write_table(path, rows):
+    """Write a list of rows as CSV."""
+    text = ''.join(','.join(map(str, row)) + '\n' for row in rows)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_atomically(path, write):
-    """write(buffer), then rename: `path` is the old file or the whole new one, never a part."""
-    buffer, beside = io.BytesIO(), path.with_name(f'{path.name}.part{RANK}')
-    write(buffer)
+    """Call write(file) such that `path` becomes the whole new file, or stays the old one."""
+    # Written in memory, then beside the file, then renamed: a name never stands for half a file.
+    content = io.BytesIO()
+    write(content)
+    beside = path.with_name(f'{path.name}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open('wb') as file:
-            file.write(buffer.getbuffer())
-            os.fsync(file.fileno())  # the bytes are on the disk before they get their name
+        beside.write_bytes(content.getbuffer())
         os.replace(beside, path)
-        if path.suffix == '.pt' and os.name == 'posix':  # and then a checkpoint's name, too
-            os.fsync(folder := os.open(path.parent, os.O_RDONLY))
-            os.close(folder)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f'{path}: not written, left as it was; {error.strerror}') from error
-def read(path, parse, what):
-    """parse(path), None if there is no such file, or a UserError if it is not `what`."""
+
+
+# ==== 6. SETTINGS =================================================================================
+# One dataclass for training, one for all that generates images. A field is an option of the command
+# line: its type parses the text, its sentence is the help. The values of a training run come from a
+# preset. 'small' is ours and trains in minutes. The others have the paper's numbers, and those of
+# the authors' scripts for batch, epochs, heads and dropout, where their YAML files say otherwise.
+
+
+def option(meaning, default=None, low=None, high=1e15, choices=None, commands=None, free=False):
+    """A field of a dataclass of options.
+
+    low, high: its range; choices: the values it may have; commands: those that take it, by default
+    all; free: a training run may change it when it goes on.
+    """
+    metadata = dict(meaning=meaning, low=low, high=high, choices=choices)
+    return field(default=default, metadata=metadata | dict(commands=commands, free=free))
+
+
+# A preset has settings for both stages, for stage 1 and for stage 2. All presets share these.
+BOTH = dict(root='data', signal='image', seed=0, save_every=60.0)
+STAGE_1 = dict(flip=False)
+STAGE_2 = dict(form='1', timesteps=1000, z_cond=False, cond_drop=0.0, precision=None)
+STAGE_2 |= dict(flip=True, clip=1.0, ema=0.9999)
+
+
+def paper(data, size, images, vae, ddpm, multipliers, attention, dropout=0.1, lr=2e-4, flip=False):
+    """A preset of the paper. vae, ddpm: (epochs, batch) of stages 1 and 2; flip: in stage 1."""
+    epochs, batch = vae
+    stage_1 = dict(flip=flip, lr=1e-4, warmup=1, clip=math.inf, ema=0.0)
+    stage_1 |= dict(batch=batch, steps=epochs * images // batch)
+
+    epochs, batch = ddpm
+    stage_2 = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention, heads=8)
+    stage_2 |= dict(dropout=dropout, lr=lr, warmup=5000)
+    stage_2 |= dict(batch=batch, steps=epochs * images // batch)
+
+    both = dict(data=data, size=size, alpha=1.0)
+    return {'both': BOTH | both, 1: STAGE_1 | stage_1, 2: STAGE_2 | stage_2}
+
+
+# Small networks take a larger learning rate than the paper's. The small VAE's clip only catches
+# explosions, which its lack of normalisation allows (NOTES 4).
+SMALL_VAE = dict(clip=100.0, ema=0.9999, batch=64, steps=1500)
+SMALL_UNET = dict(channels=24, multipliers=(1, 2), blocks=1, attention=(), heads=4, dropout=0.0)
+SMALL = {
+    'both': BOTH | dict(data='shapes', alpha=0.1, lr=2e-3, warmup=100),
+    1: STAGE_1 | SMALL_VAE,
+    2: STAGE_2 | SMALL_UNET | dict(batch=32, steps=2000),
+}
+CIFAR10 = paper('cifar10', 32, 50_000, (500, 128), (2850, 256), (1, 2, 2, 2), (16,), dropout=0.3)
+CELEBA = paper('celeba', 64, 162_770, (245, 32), (500, 128), (1, 2, 2, 2, 4), (4,))
+HQ = dict(data='celebahq', images=30_000, lr=2e-5, flip=True)  # --data: your folder of the images
+HQ128 = paper(
+    size=128, vae=(500, 42), ddpm=(1000, 64), multipliers=(1, 2, 2, 3, 4), attention=(8,), **HQ
+)
+HQ256 = paper(
+    size=256, vae=(500, 16), ddpm=(1000, 64), multipliers=(1, 1, 2, 2, 4, 4), attention=(16,), **HQ
+)
+PRESETS = {
+    'small': SMALL,
+    'cifar10': CIFAR10,
+    'celeba64': CELEBA,
+    'celebahq128': HQ128,
+    'celebahq256': HQ256,
+}
+
+# The VAEs of the paper's presets: blocks of encoder and decoder, and channels, by resolution.
+PAPER_VAES = {
+    'cifar10': (
+        {32: 7, 16: 4, 8: 4, 4: 3, 1: 3},
+        {1: 1, 4: 2, 8: 3, 16: 7, 32: 15},
+        {32: 64, 16: 128, 8: 256, 4: 256, 1: 512},
+    ),
+    'celeba64': (
+        {64: 7, 32: 4, 16: 7, 8: 3, 4: 3, 1: 2},
+        {1: 1, 4: 2, 8: 3, 16: 7, 32: 8, 64: 10},
+        {64: 64, 32: 128, 16: 256, 8: 256, 4: 256, 1: 512},
+    ),
+    'celebahq128': (
+        {128: 1, 64: 3, 32: 3, 16: 7, 8: 3, 4: 3, 1: 2},
+        {1: 1, 4: 2, 8: 2, 16: 6, 32: 2, 64: 2, 128: 1},
+        {128: 64, 64: 64, 32: 128, 16: 128, 8: 256, 4: 512, 1: 1024},
+    ),
+    'celebahq256': (
+        {256: 3, 128: 3, 64: 5, 32: 7, 16: 9, 8: 7, 4: 5, 1: 2},
+        {1: 2, 4: 4, 8: 6, 16: 8, 32: 5, 64: 4, 128: 2, 256: 2},
+        {256: 64, 128: 64, 64: 64, 32: 128, 16: 128, 8: 256, 4: 512, 1: 1024},
+    ),
+}
+
+
+@dataclass
+class TrainingOptions:
+    """All settings of a training run; its checkpoint keeps them.
+
+    None means: as the checkpoint says, else as the preset says. `resolve` fills it in.
+    """
+
+    stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
+    form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
+    preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
+    data: str = option('shapes, mnist, fashion, cifar10, celeba (needs gdown), or a folder')
+    root: str = option('folder where the files of a named set are, or go', free=True)
+    out: str = option('folder of the run (default runs/<data>)', free=True)
+    size: int = option('height and width of the images (celeba: 64)', low=16, high=4096)
+    flip: bool = option('mirror training images at random (never mnist, fashion)')
+    z_dim: int = option('numbers in the code z (small: size^2 / 64)', low=1, high=65536)
+    alpha: float = option('VAE: weight of the KL', low=0, high=1e9)
+    signal: str = option('what the VAE models of an image', choices=SIGNALS)
+    timesteps: int = option('T; below 500 y_T is not yet noise', low=100, high=10_000)
+    channels: int = option('U-Net: channels of its first level', low=4, high=65536)
+    multipliers: tuple = option('U-Net: of the channels, for each level')
+    blocks: int = option('U-Net: residual blocks a level', low=1, high=100)
+    attention: tuple = option('U-Net: resolutions that attend besides the middle, e.g. 16,8')
+    heads: int = option('U-Net: heads of its attention', low=1, high=65536)
+    dropout: float = option('U-Net: dropout in its blocks', low=0, high=0.99)
+    z_cond: bool = option('U-Net: show it z besides the draft')
+    cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
+    precision: str = option('of the U-Net; default: the fast one', choices=('float32', 'bfloat16'))
+    steps: int = option('training steps; a larger number extends a run', low=1, free=True)
+    batch: int = option('images a step, of all processes', low=1, high=1_000_000)
+    lr: float = option("Adam's learning rate", low=0, high=1)
+    warmup: int = option('steps over which the learning rate rises', low=1)
+    clip: float = option('largest norm of the gradient; inf for none', low=0, high=math.inf)
+    ema: float = option('decay of the averaged weights; 0 for none', low=0, high=1)
+    seed: int = option('seed of weights, batches and noise', low=0)
+    device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)', free=True)
+    save_every: float = option('seconds between checkpoints', low=0, free=True)
+
+
+# What stage 2 takes over from stage 1, with the VAE itself.
+INHERITED = ('preset', 'data', 'root', 'size', 'z_dim', 'alpha', 'signal')
+
+
+def vae_layout(options):
+    """Blocks of encoder and decoder, and channels, by resolution: what `VAE` is built of."""
+    if options.preset == 'small':
+        if options.size % 16:
+            raise UserError(f'--size {options.size}: must be a multiple of 16')
+        encoder = {options.size: 0, 8: 1, 4: 2, 1: 1}
+        decoder = {1: 1, 4: 3, 8: 2, 16: 1, options.size: 0}
+        return encoder, decoder, {options.size: 16, 16: 32, 8: 64, 4: 128, 1: options.z_dim}
+
+    encoder, decoder, widths = PAPER_VAES[options.preset]
+    if options.size not in encoder:
+        raise UserError(f'--size {options.size}: --preset {options.preset} has {max(encoder)}')
+    return encoder, decoder, widths | {1: options.z_dim}
+
+
+def flag(name):
+    """The option of a field, as it is typed: z_dim -> --z-dim."""
+    return '--' + name.replace('_', '-')
+
+
+def resolve(typed, before, path):
+    """Complete the `TrainingOptions` typed: from a checkpoint, else from a preset.
+
+    before: settings of the checkpoint at `path` to go on from, of this stage or of stage 1, or {}.
+    Raises UserError where `typed` contradicts them, or has what the run would ignore.
+    """
+    stage = typed.stage
+    given = {name: value for name, value in asdict(typed).items() if value is not None}
+
+    # A run that goes on keeps its settings, and stage 2 keeps those of the VAE.
+    kept = before
+    if before.get('stage') != stage:
+        kept = {name: before[name] for name in INHERITED if name in before}
+
+    # From weak to strong: the preset, the checkpoint, the command line.
+    preset = given.get('preset') or kept.get('preset') or 'small'
+    fresh = {'stage': stage, 'preset': preset, 'out': None, 'device': None}
+    fresh |= PRESETS[preset]['both'] | PRESETS[preset][stage]
+    settings = fresh | kept | given
+    settings.setdefault('size', data_set(settings['data']).size)
+    z_dim = settings['size'] ** 2 // 64 if preset == 'small' else PAPER_VAES[preset][2][1]
+    settings.setdefault('z_dim', z_dim)
+
+    for setting in fields(TrainingOptions):
+        name = setting.name
+        if name not in given:
+            continue
+        if name not in fresh and name not in INHERITED:
+            raise UserError(f'{flag(name)}: is a setting of stage {3 - stage}, not of {stage}')
+        if name in kept and not setting.metadata['free'] and given[name] != kept[name]:
+            raise UserError(f'{flag(name)} {given[name]}: {path} has {kept[name]}')
+    if settings.get('form') == 'uncond' and (settings['z_cond'] or settings['cond_drop']):
+        raise UserError('--z-cond, --cond-drop: --form uncond has no draft and no z')
+    if settings['signal'] == 'grey' and data_set(settings['data']).channels == 1:
+        raise UserError(f'--signal grey: the images of --data {settings["data"]} are grey already')
+    return TrainingOptions(**settings)
+
+
+# Commands that draw chains of one kind, and commands that draw z from the prior.
+CHAINS = ('sample', 'reconstruct', 'interpolate', 'edit', 'robust')
+PRIOR = ('sample', 'evaluate')
+
+
+@dataclass
+class SamplingOptions:
+    """All settings of the commands that generate images."""
+
+    out: str = option('folder of the run', 'runs/shapes')
+    form: str = option('which model (default: the first there is)', choices=FORMS)
+    num: int = option('images: 64; evaluate 500, its bound 200; pictures 8, edit 9', low=1)
+    steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
+    sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
+    spacing: str = option('of the times', 'quadratic', choices=SPACINGS, commands=CHAINS)
+    sigma: str = option('variance of a ddpm step', 'small', choices=SIGMAS)
+    eta: float = option('noise of a ddim step; 1: as ddpm', 0.0, low=0, high=1)
+    temperature: float = option('scale of the starting noise y_T', 1.0, low=0, high=1000)
+    guidance: float = option('its weight, for models with --cond-drop', 0.0, low=0, high=100)
+    shared_noise: bool = option('the same noise for all images', False, commands=PRIOR)
+    gmm: int = option('Ex-PDE: z from a mixture of K Gaussians', low=1, commands=PRIOR)
+    seed: int = option('seed of z and noise', 0, low=0)
+    png: str = option('folder for single images instead of a grid', commands=('sample',))
+    real: bool = option('with --png: the training images', False, commands=('sample',))
+    calls: tuple = option('network calls an image', (5, 10, 25), commands=('evaluate',))
+    seeds: int = option('seeds, from --seed on', 2, low=2, high=1000, commands=('evaluate',))
+    bits: bool = option('the bound on -log2 p(x) instead', False, commands=('evaluate',))
+    attribute: str = option('kind=circle, size>0.5, digit=3, Smiling', commands=('edit',))
+    device: str = option('as for train')
+
+
+# ==== 7. TRAINING, one loop for both stages =======================================================
+# A stage is a module: `forward` returns its loss, `random_inputs` draws what a step needs. Whatever
+# is random in step s is a function of (seed, s) alone, so a run that is interrupted and resumed
+# makes the same weights, bit for bit, as one that is not (on one machine, with as many threads).
+
+
+class Machine(NamedTuple):
+    """Where a command runs: torchrun starts `world` processes, of which this one is `rank`."""
+
+    device: torch.device
+    precision: str  # the fast one on this device: 'float32' or 'bfloat16'
+    rank: int
+    world: int
+
+
+def choose_machine(name):
+    """The `Machine` for a device's name; by default CUDA if there is one. UserError if it fails."""
+    if name in (None, 'cuda'):
+        cuda = f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+        name = cuda if name == 'cuda' or torch.cuda.is_available() else 'cpu'
     try:
-        return parse(path) if path.exists() else None
-    except Exception as error:  # on a damaged file parsers raise nearly anything
-        raise UserError(f'{path}: damaged, or not {what}; move it away') from error
-def load_checkpoint(out, stage, form):
-    """The path of a checkpoint and its content on the CPU, None if there is no such file."""
-    def parse(path):
-        saved = dict(torch.load(path, map_location='cpu', weights_only=True))  # data, never code
-        config = Config(**saved['config'])
-        if (config.stage, config.form) != (stage, form) or not {'step', 'rows'} <= {*saved}:
-            raise ValueError(path)
-        return saved
-    path = Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{FORMS[form]}.pt')
-    return path, read(path, parse, f'a checkpoint of stage {stage} form {form}')
-def ema_update(averages, parameters, step, decay):
-    """Average the parameters over the steps 0, 1, 2, ... (lists of tensors, in place)."""
-    # average <- d average + (1 - d) parameter, d = min(decay, (1 + step) / (10 + step)), for with
-    # 0.9999 throughout, 37% of the random initialisation would remain after 10,000 steps.
-    d = min(decay, (1 + step) / (10 + step))
-    for average, parameter in zip(averages, parameters):
-        average.lerp_(parameter.detach(), 1 - d)
-def report(text, end=False, last=[0.0]):
-    """A line of progress: rewritten in place on a terminal, else a new line every ten seconds."""
-    tty = sys.stdout.isatty()
-    if RANK == 0 and (tty or end or time.monotonic() - last[0] > 10):
-        print(f'\r{text}\x1b[K' if tty else text, end='' if tty and not end else '\n', flush=True)
-        last[0] = time.monotonic()
-def initialise(config, parent, images):
-    """The model at step 0, its parameters a function of the seed; the VAE's are the parent's."""
-    torch.manual_seed(config.seed)
-    model = build(config).to(memory_format=torch.channels_last)
-    if config.stage == 1 and config.preset == 'small':  # by default branches change 1% of h
-        for conv in [c for m in model.modules() if isinstance(m, VAEBlock) for c in m.convs]:
-            nn.init.kaiming_normal_(conv.weight)  # He et al.; positions are learnt sooner: NOTES 4
-    if config.stage == 1 and config.data in GREY:  # mostly black: from 0.5 the sigmoid would die
-        mean = images.batch(range(min(1000, len(images)))).mean()
-        nn.init.constant_(model.head.bias, torch.logit(mean))
-    if parent and model.vae:
-        model.vae.load_state_dict(parent['model'] | parent['ema'])
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: not on this machine; cpu always is') from error
+
+    # bfloat16 is fast where there are units for it; emulated it is slower than float32 (NOTES 4).
+    # float32 means float32: TF32 would have an error of 0.05%, which `predict_x0` makes 8%.
+    fast = False
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif device.type == 'cpu':
+        cpu = torch.cpu.get_capabilities()
+        fast = cpu.get('amx_bf16') or (cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name'])
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rank = int(os.environ.get('RANK', 0))
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    return Machine(device, 'bfloat16' if fast else 'float32', rank, world)
+
+
+class Progress:
+    """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds."""
+
+    def __init__(self, rank=0):
+        self.silent = rank > 0  # of several processes one reports
+        self.last = -math.inf
+
+    def show(self, text, end=False):
+        """Print the line now, or drop it if the last one is too recent and this is not the end."""
+        terminal = sys.stdout.isatty()
+        if self.silent or not (terminal or end or time.monotonic() - self.last > 10):
+            return
+        self.last = time.monotonic()
+        if terminal:
+            print(f'\r{text}\x1b[K', end='\n' if end else '', flush=True)
+        else:
+            print(text, flush=True)
+
+
+def build(options):
+    """The module of a stage with fresh weights: a VAE for stage 1, a DiffuseVAE for stage 2."""
+    channels = data_set(options.data).channels
+    vae = None
+    if options.stage == 1 or options.form != 'uncond':
+        encoder, decoder, widths = vae_layout(options)
+        vae = VAE(channels, options.size, encoder, decoder, widths, options.alpha, options.signal)
+    if options.stage == 1:
+        return vae.to(memory_format=torch.channels_last)
+
+    unet = UNet(
+        in_channels=channels if vae is None else 2 * channels,
+        out_channels=channels,
+        size=options.size,
+        channels=options.channels,
+        multipliers=options.multipliers,
+        blocks=options.blocks,
+        attention=options.attention,
+        heads=options.heads,
+        dropout=options.dropout,
+        z_dim=vae.z_dim if options.z_cond else 0,
+        bfloat16=options.precision == 'bfloat16',
+    )
+    diffusion = Diffusion(options.timesteps)
+    model = DiffuseVAE(vae, unet, diffusion, options.form, options.cond_drop)
+    return model.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
+
+
+def name_of(form):
+    """A form in the names of files and rows: form1, form2 or uncond."""
+    return form if form == 'uncond' else f'form{form}'
+
+
+def checkpoint_path(out, stage, form):
+    """Where the checkpoint of a stage and form is."""
+    return Path(out) / ('stage1.pt' if stage == 1 else f'stage2-{name_of(form)}.pt')
+
+
+def load_checkpoint(out, stage, form=None):
+    """A checkpoint's path and its content on the CPU, or None if there is no such file."""
+    path = checkpoint_path(out, stage, form)
+    if not path.exists():
+        return path, None
+    try:
+        saved = torch.load(path, map_location='cpu', weights_only=True)  # data, never code
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch raises nearly anything on a damaged file
+        raise UserError(f'{path}: damaged, or not a checkpoint; move it away') from error
+
+    wanted = {'options', 'model', 'ema', 'optimizer', 'step', 'rows'}
+    names = [setting.name for setting in fields(TrainingOptions)]
+    if not isinstance(saved, dict) or set(saved) != wanted or set(saved['options']) != set(names):
+        raise UserError(f'{path}: of another version of this program; move it away, or use that')
+    options = saved['options']
+    if options['stage'] != stage or (stage == 2 and options['form'] != form):
+        name = 'stage 1' if stage == 1 else f'stage 2 form {form}'
+        raise UserError(f'{path}: not a checkpoint of {name}; move it away')
+    return path, saved
+
+
+def load_weights(model, weights, path):
+    """Put weights {name: tensor} into the model, or a UserError if they are not its own."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if wanted != {name: tensor.shape for name, tensor in weights.items()}:
+        raise UserError(f'{path}: its weights do not fit its settings; move it away')
+    model.load_state_dict(weights)
+
+
+def initialise(options, parent, parent_path, images):
+    """The model at step 0. Its weights are a function of the seed; the VAE's are stage 1's."""
+    torch.manual_seed(options.seed)
+    model = build(options)
+    if options.stage == 1:
+        # The small VAE trains for minutes: with He's initial weights its blocks contribute from the
+        # start, and places are learnt sooner (NOTES 4). The paper's presets keep torch's.
+        for block in model.modules():
+            if isinstance(block, VAEBlock) and options.preset == 'small':
+                for conv in block.convs:
+                    nn.init.kaiming_normal_(conv.weight)
+
+        # On mostly black images the sigmoid, which starts at 0.5, would be driven to where it is
+        # flat, and stay there: it starts at the mean pixel instead.
+        if data_set(options.data).channels == 1:
+            mean = images.batch(range(min(1000, len(images)))).mean()
+            nn.init.constant_(model.head.bias, torch.logit(mean))
+    elif model.vae is not None:
+        load_weights(model.vae, parent['ema'], parent_path)
     return model
-def training_inputs(model, images, config, step, device):
-    """(x, *noise) of a step: this process's share of what is a function of (seed, step) alone."""
-    g, mine = generator(config.seed, 'step', step), slice(RANK, None, WORLD)
-    torch.manual_seed(generator(config.seed, 'dropout', step, RANK).initial_seed())  # torch's own
-    indices = torch.randint(len(images), (config.batch,), generator=g)
-    mirrored = torch.rand(config.batch, 1, 1, 1, generator=g) < 0.5 * config.flip
-    x = images.batch(indices[mine])
-    x = torch.where(mirrored[mine], x if config.data in GREY else x.flip(3), x)
-    inputs = x, *(noise[mine] for noise in model.noise(config.batch, g))
-    pinned = [tensor.pin_memory() for tensor in inputs] if device.type == 'cuda' else inputs
-    return [tensor.to(device, non_blocking=True) for tensor in pinned]
+
+
+def training_inputs(model, images, options, step, machine):
+    """This process's share of the inputs of a step, on its device: {argument of forward: tensor}.
+
+    The whole batch is a function of (seed, step), whatever the number of processes.
+    """
+    # Draw the batch: which images, which of them mirrored, and what the module asks for.
+    generator = make_generator(options.seed, 'step', step)
+    indices = torch.randint(len(images), (options.batch,), generator=generator)
+    mirrored = torch.rand(options.batch, 1, 1, 1, generator=generator) < 0.5 * options.flip
+    inputs = model.random_inputs(options.batch, generator)
+
+    # Dropout draws from torch's own generator.
+    torch.manual_seed(seed_of(options.seed, 'dropout', step, machine.rank))
+
+    # Of `world` processes each takes every world-th image.
+    share = slice(machine.rank, None, machine.world)
+    x = images.batch(indices[share])
+    if data_set(options.data).mirror:
+        x = torch.where(mirrored[share], x.flip(3), x)
+    inputs = {'x': x} | {name: tensor[share] for name, tensor in inputs.items()}
+    return {name: tensor.to(machine.device) for name, tensor in inputs.items()}
+
+
 def training_step(model, optimizer, inputs, clip):
-    """One step of Adam; the losses and the norm of the gradient: [len(metrics) + 1]."""
-    losses = model(*inputs)
+    """One step of Adam. Returns the losses and the gradient's norm: [len(metrics) + 1]."""
+    losses = model(**inputs)
     optimizer.zero_grad()
     losses[0].backward()
+
+    # A gradient that is much longer than usual, from a rare batch, is cut to the length `clip`.
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]['params'], clip)
     optimizer.step()
     return torch.stack([*losses, norm]).detach()
-def command_train(given: Config):
-    """train a stage: start, resume or extend it; presets, even "small", replace defaults shown"""
-    stage, form = given['stage'], given.get('form', '1')
-    if stage == 1 and form != '1':
-        raise UserError(f'--form {form}: the VAE of stage 1 serves all forms; leave it out')
-    data = (PRESETS[given.get('preset', 'small')][0] | given)['data']
-    out = Path(given.get('out') or f'runs/{Path(data).resolve().name}')
-    device, precision = choose_device(given.get('device'))
+
+
+def ema_update(averages, parameters, step, decay):
+    """Move averages towards parameters, lists of tensors, in place, after step 0, 1, 2, ..."""
+    # average <- d average + (1 - d) parameter,  d = min(decay, (1 + step) / (10 + step))
+    #
+    # Adam's last weights jump about a minimum; their average lies nearer to its middle, and samples
+    # better. With 0.9999 from the start, 37% of the random initial weights would be left in it
+    # after 10,000 steps: so the decay rises to its value.
+    d = min(decay, (1 + step) / (10 + step))
+    for average, parameter in zip(averages, parameters):
+        average.lerp_(parameter.detach(), 1 - d)
+
+
+class TrainingRun:
+    """A run of a stage: the model, its averaged copy, the optimiser, and how far it has come.
+
+    saved: the content of the checkpoint at `path` to go on from, or None.
+    """
+
+    def __init__(self, options, path, machine, model, saved):
+        self.options = options
+        self.path = path
+        self.machine = machine
+        self.model = model
+        self.averaged = copy.deepcopy(model).requires_grad_(False).eval()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(parameters, lr=options.lr, fused=True)
+        self.step = 0
+        self.rows = []  # the table of losses
+        if saved is not None:
+            load_weights(self.model, saved['model'], path)
+            load_weights(self.averaged, saved['ema'], path)
+            self.optimizer.load_state_dict(saved['optimizer'])
+            self.step = saved['step']
+            self.rows = saved['rows']
+        self.saved_step = self.step
+
+    def save(self, shown):
+        """Write the checkpoint, the table of losses, and a picture of what has been learnt."""
+        content = {
+            'options': asdict(self.options),
+            'model': self.model.state_dict(),
+            'ema': self.averaged.state_dict(),
+            'optimizer': self.optimizer.state_dict(),
+            'step': self.step,
+            'rows': self.rows,
+        }
+        write_atomically(self.path, lambda file: torch.save(content, file))
+        self.saved_step = self.step
+        header = ['step', *self.model.metrics, 'grad_norm', 'lr', 'images_per_s']
+        write_table(self.path.with_suffix('.csv'), [header, *self.rows])
+
+        # Stage 1: held-out images above their drafts. Stage 2: drafts above refined samples.
+        if self.options.stage == 1:
+            mu, _ = self.averaged.encode(shown)
+            pictures = {'image': self.averaged.signal(shown), 'draft': self.averaged.decode(mu)}
+        else:
+            pictures = sample_chunk(self.averaged, SamplingOptions(), chunk=0, n=16)  # section 8
+        write_grid(self.path.with_suffix('.png'), list(pictures.items()), self.options.data)
+
+    def train(self, images, shown, progress):
+        """The loop: from the step where the run is to the last one."""
+        options = self.options
+        model = self.model
+        if self.machine.world > 1:
+            # Every process has all weights; the gradients are averaged over the processes.
+            dist.init_process_group('nccl' if self.machine.device.type == 'cuda' else 'gloo')
+            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+        first = self.step
+        losses = []
+        started = time.monotonic()
+        saved_at = started
+        for step in range(first, options.steps):
+            # Which images, and which noise: a function of (seed, step) alone.
+            inputs = training_inputs(self.model, images, options, step, self.machine)
+
+            # Adam divides a gradient by its usual size, which it does not know yet in the first
+            # steps: the learning rate rises to its value, lest those steps be wild.
+            lr = options.lr * min(1, (step + 1) / options.warmup)
+            self.optimizer.param_groups[0]['lr'] = lr
+
+            # Forward, backward and a step of Adam; the averaged weights follow.
+            losses.append(training_step(model, self.optimizer, inputs, options.clip))
+            averages = list(self.averaged.parameters())
+            ema_update(averages, list(self.model.parameters()), step, options.ema)
+
+            # Every ten steps and at the end: a row of the table, and a line of progress.
+            self.step = step + 1
+            finished = self.step == options.steps
+            if self.step % 10 != 0 and not finished:
+                continue
+            values = torch.stack(losses)  # [steps, len(metrics) + 1]
+            losses = []
+            self.require_finite(values)
+            rate = (self.step - first) / (time.monotonic() - started)
+            means = values.mean(dim=0).tolist()
+            self.rows.append([self.step, *means, lr, round(rate * options.batch, 1)])
+            progress.show(self.describe(rate), end=finished)
+
+            # From time to time a checkpoint: a kill costs what has been trained since the last.
+            due = finished or time.monotonic() - saved_at > options.save_every
+            if due and self.machine.rank == 0:
+                self.save(shown)
+                saved_at = time.monotonic()
+
+    def require_finite(self, values):
+        """Stop the run at a loss or a gradient that is nan or infinite: its weights are lost."""
+        finite = values.isfinite().all(dim=1).tolist()
+        if all(finite):
+            return
+        bad = self.step - len(finite) + 1 + finite.index(False)
+        good = f'{self.path} is good, of step {self.saved_step}'
+        if self.saved_step == 0:
+            good = 'nothing was saved before'
+        raise FloatingPointError(
+            f'step {bad}: loss or gradient not finite; start anew, in another --out, with a lower '
+            f'--lr or --clip; {good}'
+        )
+
+    def describe(self, rate):
+        """The line of progress, from the newest row of the table; rate: steps a second."""
+        losses = zip(self.model.metrics, self.rows[-1][1:])
+        losses = '  '.join(f'{name} {value:.4g}' for name, value in losses)
+        minutes = (self.options.steps - self.step) / rate / 60
+        images = f'{rate * self.options.batch:.0f} images/s  {minutes:.1f} min left'
+        return f'step {self.step}/{self.options.steps}  {losses}  {images}'
+
+
+def train(typed):
+    """The command `train`: start, resume or extend a run of a stage. Returns the exit code."""
+    stage = typed.stage
+    form = typed.form or '1'
+    data = typed.data or PRESETS[typed.preset or 'small']['both']['data']
+    out = typed.out or f'runs/{Path(data).resolve().name}'
+    machine = choose_machine(typed.device)
+    progress = Progress(machine.rank)
+
+    # Where the run starts: at its own checkpoint, else, in stage 2, at that of stage 1.
     path, saved = load_checkpoint(out, stage, form)
-    source, parent = load_checkpoint(out, 1, '1') if stage == 2 and not saved else (path, None)
-    if stage == 2 and form != 'uncond' and not (saved or parent):
-        raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
-    config = resolve(given, (saved or parent or {}).get('config', {}), source)
-    config.precision = config.precision or (precision if stage == 2 else 'float32')
-    if config.batch % WORLD:
-        raise UserError(f'--batch {config.batch}: {WORLD} processes cannot share it evenly')
+    source = path
+    parent = None
+    if stage == 2 and saved is None:
+        source, parent = load_checkpoint(out, 1)
+        if parent is None and form != 'uncond':
+            raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
+    before = saved or parent
+    options = resolve(typed, before['options'] if before else {}, source)
+    if stage == 2 and options.precision is None:
+        options.precision = machine.precision
+    if options.batch % machine.world:
+        raise UserError(f'--batch {options.batch}: {machine.world} processes cannot share it')
+
     done = saved['step'] if saved else 0
-    if config.steps <= done:
-        return report(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
-    report(f'{path}: steps {done} to {config.steps} on {device} in {config.precision}', end=True)
-    return train(config, path, device, saved, parent)
-def train(config, path, device, saved, parent):
-    """The loop of both stages, from the checkpoint at `path` or step 0; returns the exit code."""
-    images, unseen = [load_images(config.data, config.root, config.size, t) for t in (True, False)]
-    shown = unseen.batch(range(min(16, len(unseen)))).to(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = initialise(config, parent, images).to(device)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    ema = {name: p for name, p in averaged.state_dict().items() if name in trained}  # views
-    optimizer = torch.optim.Adam(trained.values(), lr=config.lr, fused=True)
-    first, rows, window = (saved['step'], saved['rows'], []) if saved else (0, [], [])
-    if saved:
-        read(path, lambda path: model.load_state_dict(saved['model']), 'of these settings')
-        averaged.load_state_dict(saved['model'] | saved['ema'])
-        optimizer.load_state_dict(saved['optimizer'])
-    def save():
-        pictures = sample_chunk(averaged, Sampling(), 0, 16) if config.stage == 2 else {
-            'image': averaged.signal(shown), 'draft': averaged.decode(averaged.encode(shown)[0])}
-        write_grid(path.with_suffix('.png'), pictures.items(), config.data)
-        table = [['step', *model.metrics, 'grad_norm', 'lr', 'images_per_s'], *rows]
-        write_atomically(path.with_suffix('.csv'), lambda file: file.write(
-            ''.join(','.join(map(str, row)) + '\n' for row in table).encode()))
-        content = dict(config=asdict(config), model=model.state_dict(), ema=ema,
-                       optimizer=optimizer.state_dict(), step=done, rows=rows)
-        write_atomically(path, partial(torch.save, content))  # last: if it is there, all are
-    parallel = model
-    if WORLD > 1:  # every process has all weights; gradients are averaged over processes
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-        parallel = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
-    stop = []  # Ctrl-C: save and leave; a second one kills
-    signal.signal(signal.SIGINT, lambda n, _: (stop.append(n), signal.signal(n, signal.SIG_DFL)))
-    kept, start, save_time = first, time.monotonic(), time.monotonic()
-    for step in range(first, config.steps):
-        inputs = training_inputs(model, images, config, step, device)
-        optimizer.param_groups[0]['lr'] = lr = config.lr * min(1, (step + 1) / config.warmup)
-        window.append(training_step(parallel, optimizer, inputs, config.clip))
-        ema_update([*ema.values()], [*trained.values()], step, config.ema)
-        done, left = step + 1, config.steps - step - 1
-        if done % 10 and left:
-            continue
-        values, window, now = torch.stack(window), [], time.monotonic()  # [steps, metrics]
-        if False in (finite := values.isfinite().all(dim=1).tolist()):
-            bad = done - len(values) + 1 + finite.index(False)
-            good = f'{path} is good, of step {kept}' if kept else 'nothing was saved before'
-            raise FloatingPointError(f'step {bad}: loss or gradient not finite; lower --lr; {good}')
-        means, rate = values.mean(dim=0), (done - first) / (now - start)
-        rows.append([done, *means.tolist(), lr, round(rate * config.batch, 1)])
-        text = '  '.join(f'{name} {x:.4g}' for name, x in zip(model.metrics, rows[-1][1:]))
-        report(f'step {done}/{config.steps}  {text}  {rate * config.batch:.0f} images/s  '
-               f'{left / rate / 60:.1f} min left', end=not left)
-        if RANK == 0 and (not left or stop or now - save_time + 10 / rate > config.save_every):
-            save()
-            kept, save_time = done, time.monotonic()
-        if stop:
-            report(f'interrupted: {path} holds step {done}; the same command goes on', end=True)
-            return 128 + stop[0]
-    report(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
-# ==== 8. SAMPLING: z ~ N(0, I), x_hat = decoder(z), then the reverse chain ========================
-CHUNK = 64  # images drawn together; what is random in a chunk is a function of (seed, chunk)
+    if options.steps <= done:
+        progress.show(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
+        return 0
+    path.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then now
+    how = f'on {machine.device} in {options.precision or "float32"}'
+    progress.show(f'{path}: steps {done} to {options.steps} {how}', end=True)
+
+    images = load_images(options.data, options.root, options.size, train=True)
+    held_out = load_images(options.data, options.root, options.size, train=False)
+    shown = held_out.batch(range(min(16, len(held_out)))).to(machine.device)
+    model = build(options) if saved else initialise(options, parent, source, images)
+    run = TrainingRun(options, path, machine, model.to(machine.device), saved)
+    try:
+        run.train(images, shown, progress)
+    except KeyboardInterrupt:
+        kept = f'{path} holds step {run.saved_step}' if run.saved_step else 'nothing was saved yet'
+        progress.show(f'interrupted: {kept}; the same command goes on', end=True)
+        return 130
+    progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
+    return 0
+
+
+# ==== 8. SAMPLING =================================================================================
+# z ~ N(0, I), x_hat = decoder(z), then the reverse chain. Images are drawn in chunks of 64. What is
+# random in a chunk is a function of (seed, chunk), so image i is the same however many are drawn.
+
+CHUNK = 64
+
+
+class Trained(NamedTuple):
+    """A trained model with its averaged weights, its settings and steps, and its checkpoint."""
+
+    model: DiffuseVAE
+    options: TrainingOptions
+    step: int
+    path: Path
+
+    def images(self, train):
+        """The training or the held-out images."""
+        return load_images(self.options.data, self.options.root, self.options.size, train)
+
+    def write_picture(self, name, rows, columns=()):
+        """Write rows [(label, images)] beside the checkpoint, and say where."""
+        path = self.path.with_name(f'{name}-{name_of(self.options.form)}.png')
+        write_grid(path, list(rows), self.options.data, columns)
+        print(path)
+
+
+def trained_forms(options):
+    """The forms of which there is a checkpoint in --out, or --form alone. UserError for none."""
+    forms = [options.form] if options.form else FORMS
+    found = [form for form in forms if checkpoint_path(options.out, 2, form).exists()]
+    if not found:
+        path = checkpoint_path(options.out, 2, forms[0])
+        raise UserError(f'no {path}: first train --stage 2 --form {forms[0]}, or give --out')
+    return found
+
+
 def load_trained(options, form=None):
-    """The model of --out and --form with its averaged weights, its `Config`, and its path."""
-    wanted = [form or options.form] if form or options.form else FORMS
-    found = [load_checkpoint(options.out, 2, form) for form in wanted]
-    path, saved = next((pair for pair in found if pair[1]), found[0])
-    if not saved:
-        raise UserError(f'no {path}: first train --stage 2 --form {[*wanted][0]}, or give --out')
-    config, (device, _) = Config(**saved['config']), choose_device(options.device)
-    config.precision = 'float32' if options.bits else config.precision
-    if not options.steps <= (options.start or config.timesteps) <= config.timesteps:
-        raise UserError(f'--steps {options.steps}: --steps <= --start <= T = {config.timesteps}')
-    if options.guidance and not (config.cond_drop and config.form != 'uncond'):
+    """The `Trained` model of --out and of the form, by default of the first that there is."""
+    path, saved = load_checkpoint(options.out, 2, form or trained_forms(options)[0])
+    settings = TrainingOptions(**saved['options'])
+    if options.bits:
+        settings.precision = 'float32'  # a bound should be exact
+    if options.steps > settings.timesteps:
+        raise UserError(f'--steps {options.steps}: from 1 to T = {settings.timesteps}')
+    if options.guidance and settings.form == 'uncond':
+        raise UserError('--guidance: --form uncond has no draft to be guided by')
+    if options.guidance and not settings.cond_drop:
         raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
-    model = build(config).eval().to(device, memory_format=torch.channels_last)
-    read(path, lambda _: model.load_state_dict(saved['model'] | saved['ema']), 'of these settings')
-    return model.requires_grad_(False), config, path
-def paint(model, options, z, noise=None, draft=None):
-    """{'draft', 'refined': [n, C, H, W] in [0, 1], on the CPU} of codes z [n, z_dim], or of given
-    drafts. noise() draws y_T and what follows; by default all n share one sequence."""
-    shared, z = generator(options.seed, 'shared noise'), z.to(model.device)
-    noise = noise or partial(torch.randn, 1, *model.image_shape, generator=shared)
-    draw = lambda: noise()[:len(z)].to(model.device)
-    y_T = options.temperature * draw().expand(len(z), -1, -1, -1)
-    if model.vae:
-        draft = model.vae.decode(z) if draft is None else draft.to(model.device)
-    how = 'steps', 'sampler', 'spacing', 'start', 'sigma', 'eta', 'guidance'
-    refined = model.refine(draft, z, y_T, draw, **{name: getattr(options, name) for name in how})
-    return (dict(draft=draft.cpu()) if model.vae else {}) | dict(refined=refined.cpu())
+
+    model = build(settings)
+    load_weights(model, saved['ema'], path)
+    model.requires_grad_(False).eval()
+    model.to(choose_machine(options.device).device)
+    return Trained(model, settings, saved['step'], path)
+
+
+def noise_source(model, generator, n):
+    """A function that draws fresh noise [n, C, H, W] at each call."""
+
+    def draw_noise():
+        return torch.randn(n, *model.image_shape, generator=generator)
+
+    return draw_noise
+
+
+def same_noise(model, options, key='shared noise'):
+    """A `noise_source` of one noise for all images, which leaves z as their only difference."""
+    return noise_source(model, make_generator(options.seed, key), 1)
+
+
+def paint(model, options, z, draw_noise, draft=None):
+    """Draft and refine: {'draft', 'refined'}, each [n, C, H, W] in [0, 1] on the CPU.
+
+    z: codes [n, z_dim]; draw_noise: a `noise_source` of 1 or at least n noises; draft: in place of
+    the decoder's. Without a VAE only 'refined' is returned.
+    """
+    z = z.to(model.device)
+    if draft is not None:
+        draft = draft.to(model.device)
+
+    def noise():
+        return draw_noise()[: len(z)].to(model.device)
+
+    draft, refined = model.generate(
+        z,
+        y_T=options.temperature * noise().expand(len(z), -1, -1, -1),
+        draw_noise=noise,
+        draft=draft,
+        guidance=options.guidance,
+        steps=options.steps,
+        sampler=options.sampler,
+        spacing=options.spacing,
+        sigma=options.sigma,
+        eta=options.eta,
+    )
+    images = {} if draft is None else {'draft': draft.cpu()}
+    return images | {'refined': refined.cpu()}
+
+
 def sample_chunk(model, options, chunk, n, mixture=None):
-    """`paint`ed: the first n images of a chunk (the same for every n); z ~ N(0, I) or a mixture."""
-    g = generator(options.seed, 'chunk', chunk)
-    z = torch.randn(CHUNK, model.z_dim, generator=g)
-    if mixture:  # z = m_k + L_k eps
-        weights, means, L = mixture
-        k = torch.multinomial(weights, CHUNK, replacement=True, generator=g)
-        z = means[k] + torch.einsum('nij,nj->ni', L[k], z)
-    own = partial(torch.randn, CHUNK, *model.image_shape, generator=g)
-    return paint(model, options, z[:n], None if options.shared_noise else own)
-def to_uint8(images, data):
-    """[N, C, H, W] in [0, 1] -> uint8, rounded, without the padding of MNIST."""
-    images = images[..., 2:-2, 2:-2] if data in GREY else images
-    return (255 * images).round().clamp(0, 255).byte().cpu()
-def write_grid(path, rows, data, columns=()):
-    """Write (label, images [n, C, H, W] in [0, 1]) rows as one picture, labels in its margins."""
-    (labels, rows), left, top = zip(*rows), 64, 16 * bool(columns)
-    rows = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=1.0)  # to one length
-    images = to_uint8(rows.flatten(0, 1), data)
-    grid = to_pil_image(utils.make_grid(images, nrow=rows.shape[1], padding=1, pad_value=255))
-    s = max(1, 64 // images.shape[-1])  # about 64 pixels an image, or more
-    sheet = ImageOps.expand(ImageOps.scale(grid, s, Image.NEAREST), (left, top, 0, 0), 'white')
-    text, step = ImageDraw.Draw(sheet).text, s * (images.shape[-1] + 1)
-    for i, label in enumerate(labels):
-        text((4, top + (i + 0.5) * step), label, 'black', anchor='lm')
-    for i, label in enumerate(columns):
-        text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
-    write_atomically(path, partial(sheet.save, format='png'))
-def command_sample(options: Sampling):
-    """generate images: a grid of drafts above refined images, or a folder of PNGs"""
-    model, config, path = load_trained(options)
-    num, start = options.num or CHUNK, time.monotonic()
+    """`paint` the first n images of a chunk, with z from the prior or a `mixture_of_codes`."""
+    generator = make_generator(options.seed, 'chunk', chunk)
+    z = torch.randn(CHUNK, model.z_dim, generator=generator)
+    if mixture is not None:  # z = m_k + L_k eps for a random component k, with L_k L_k^T = S_k
+        weights, means, factors = mixture
+        k = torch.multinomial(weights, CHUNK, replacement=True, generator=generator)
+        z = means[k] + torch.einsum('nij,nj->ni', factors[k], z)
+    if options.shared_noise:
+        return paint(model, options, z[:n], same_noise(model, options))
+    return paint(model, options, z[:n], noise_source(model, generator, CHUNK))
+
+
+def sample(options):
+    """The command `sample`: a grid of drafts above refined images, or a folder of PNGs."""
+    trained = load_trained(options)
+    num = options.num or CHUNK
+    if options.real:
+        sample_real(options, trained, num)
+        return
     if num > CHUNK and not options.png:
         raise UserError(f'--num {num}: a grid holds {CHUNK}; --png takes any number')
-    mixture, settings = mixture_of(model, config, path, options), identity(options, path)
-    make = lambda chunk, n: sample_chunk(model, options, chunk, n, mixture)
-    if options.real:
-        images, settings = load_images(config.data, config.root, config.size), {'real': config.data}
-        make = lambda chunk, n: dict(real=images.batch(range(chunk * CHUNK, chunk * CHUNK + n)))
-        if not options.png or num > len(images):
-            raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
-    if not options.png:
-        drawn, grid = make(0, num), path.with_name(f'samples-{FORMS[config.form]}.png')
-        rows = [(name, x[i:i + 16]) for i in range(0, num, 16) for name, x in drawn.items()]
-        write_grid(grid, rows, config.data)
-        return print(f'{grid}: {" above ".join(drawn)}')
-    names = ['real'] if options.real else ['drafts', 'refined'] if model.vae else ['refined']
-    folder, note = Path(options.png), Path(options.png, 'settings.json')
-    before = read(note, lambda note: json.loads(note.read_text()), 'the settings of images')
-    if before not in (None, settings):
-        raise UserError(f'--png {folder}: was made with {before}')
-    if RANK == 0:
-        write_atomically(note, lambda file: file.write(json.dumps(settings, indent=1).encode()))
-    for first in range(RANK * CHUNK, num, WORLD * CHUNK):  # processes share the chunks
+    mixture = None
+    if options.gmm is not None:
+        mixture = mixture_of_codes(trained, options.gmm)
+
+    if options.png:
+        names = ['drafts', 'refined'] if trained.model.vae is not None else ['refined']
+
+        def draw(chunk, n):
+            return sample_chunk(trained.model, options, chunk, n, mixture).values()
+
+        write_folder(options, trained, num, names, draw)
+        return
+
+    images = sample_chunk(trained.model, options, 0, num, mixture)
+    rows = []
+    for first in range(0, num, 16):
+        for name, batch in images.items():
+            rows.append((name, batch[first : first + 16]))
+    trained.write_picture('samples', rows)
+
+
+def sample_real(options, trained, num):
+    """Write training images to a folder, to compare generated ones with (by FID, for example)."""
+    images = trained.images(train=True)
+    if not options.png or num > len(images):
+        raise UserError(f'--real: needs --png FOLDER and a --num up to {len(images)}')
+
+    def batch(chunk, n):
+        return [images.batch(range(chunk * CHUNK, chunk * CHUNK + n))]
+
+    write_folder(options, trained, num, ['real'], batch)
+
+
+def write_folder(options, trained, num, names, draw):
+    """Write num images of each name, as <folder>/<name>/000000.png and so on.
+
+    draw(chunk, n): the first n images of a chunk, one batch [n, C, H, W] for each name. Files that
+    exist are kept, so an interrupted command goes on. Processes of torchrun share the chunks.
+    """
+    folder = Path(options.png)
+    machine = choose_machine(options.device)
+    progress = Progress(machine.rank)
+
+    # Images of other settings, or of another model, must not end up in the same folder.
+    settings = asdict(replace(options, num=None, device=None, png=None, out=None))
+    settings |= {'model': asdict(trained.options), 'step': trained.step}
+    text = json.dumps(settings, indent=1)
+    note = folder / 'settings.json'
+    if note.exists() and note.read_text() != text:
+        raise UserError(f'--png {folder}: is of other settings; {note} says which')
+    if machine.rank == 0:
+        write_atomically(note, lambda file: file.write(text.encode()))
+
+    chunks = range(machine.rank, math.ceil(num / CHUNK), machine.world)
+    for chunk in chunks:
+        first = chunk * CHUNK
         end = min(num, first + CHUNK)
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
         if not all(path.exists() for path in paths):
-            drawn = torch.cat([*make(first // CHUNK, end - first).values()])
-            for path, image in zip(paths, map(to_pil_image, to_uint8(drawn, config.data))):
-                write_atomically(path, partial(image.save, format='png'))
-        left = (time.monotonic() - start) * (num / end - 1) / 60
-        report(f'{end}/{num} images in {folder}  {left:.1f} min left', end=end == num)
-# ==== 9. EXPERIMENTS: the paper's claims, each a table or a picture ===============================
+            images = torch.cat(list(draw(chunk, end - first)))
+            for path, pixels in zip(paths, to_uint8(images, trained.options.data)):
+                write_png(path, to_pil_image(pixels))
+        progress.show(f'{end}/{num} images in {folder}', end=chunk == chunks[-1])
+
+
+# ==== PART 3: THE PAPER'S CLAIMS ==================================================================
+# Few calls suffice, the draft is tolerated when damaged, z controls the image, a better prior gives
+# better images: each is a command that draws a picture or prints a table. NOTES 5 has the results.
+
+# ==== 9. WHAT z CONTROLS ==========================================================================
+# A code and a noise make an image: z decides the layout, the noise decides the detail. The pictures
+# of this section change one of them at a time. All their codes are those of held-out images.
+
+
+def slerp(a, b, w):
+    """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
+    # sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b
+    #
+    # The mean of two noises has half their variance, which no noisy image has; on the arc the
+    # variance stays (NOTES 2.8). The cosine is clamped, so that parallel vectors work, too.
+    cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999)
+    theta = cosine.acos()
+    return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
+
+
+def load_for_pictures(options):
+    """A `Trained` model with a VAE, held-out images [n, C, H, W], their mean codes [n, z_dim]."""
+    trained = load_trained(options)
+    form = trained.options.form
+    num = options.num or 8
+    if num > CHUNK or form == 'uncond':
+        raise UserError(f'--form {form} --num {num}: takes form 1 or 2, up to {CHUNK} images')
+    held_out = trained.images(train=False)
+    x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
+    mu, _ = trained.model.vae.encode(x.to(trained.model.device))
+    return trained, x, mu.cpu()
+
+
+def reconstruct(options):
+    """The command `reconstruct`: held-out images, the drafts of their mean codes, and refined."""
+    trained, x, mu = load_for_pictures(options)
+    model = trained.model
+    rows = {'image': x, trained.options.signal: model.vae.signal(x)}
+    rows |= paint(model, options, mu, same_noise(model, options))
+    trained.write_picture('reconstruct', rows.items())
+
+
+def interpolate(options):
+    """The command `interpolate`: from one image's code to another's, and from noise to noise."""
+    trained, _, mu = load_for_pictures(options)
+    model = trained.model
+    weights = torch.linspace(0, 1, options.num or 8)
+
+    # Between two codes, with the same noise for all.
+    z = torch.stack([slerp(mu[0], mu[1], w) for w in weights])
+    rows = paint(model, options, z, same_noise(model, options))
+
+    # Between two noises, with the first code: those of every step, since a chain of many steps
+    # forgets y_T.
+    one = same_noise(model, options)
+    other = same_noise(model, options, 'other noise')
+
+    def between():
+        a = one()
+        b = other()
+        return torch.cat([slerp(a, b, w) for w in weights])
+
+    z = mu[:1].expand(len(weights), -1)
+    rows['other noise'] = paint(model, options, z, between)['refined']
+    trained.write_picture('interpolate', rows.items(), [f'{w:.2f}' for w in weights])
+
+
+def has_attribute(labels, text):
+    """Which images have an attribute such as kind=circle, digit=3, size>0.5, Smiling: bool [N]."""
+    # A name, a relation and a value; a name alone means that the label is 1.
+    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '', re.DOTALL).groups()
+    try:
+        number = KINDS.index(value) if name == 'kind' else float(value or 1)
+    except ValueError:
+        number = None
+    if name not in labels or number is None:
+        raise UserError(
+            f'--attribute {text}: there are {", ".join(labels) or "no labels"}; kinds are '
+            f'{", ".join(KINDS)}, other values numbers'
+        )
+    if relation == '>':
+        has = labels[name] > number
+    elif relation == '<':
+        has = labels[name] < number
+    else:
+        has = labels[name] == number
+    if has.all() or not has.any():
+        raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
+    return has
+
+
+def encode_all(trained, images):
+    """(mu, logvar) of a set of images, each [N, z_dim] on the CPU."""
+    encoded = []
+    for indices in torch.arange(len(images)).split(500):
+        encoded.append(trained.model.vae.encode(images.batch(indices).to(trained.model.device)))
+    mu = torch.cat([mu for mu, _ in encoded]).cpu()
+    logvar = torch.cat([logvar for _, logvar in encoded]).cpu()
+    return mu, logvar
+
+
+def edit(options):
+    """The command `edit`: move codes along the direction of an attribute."""
+    trained, _, mu = load_for_pictures(options)
+    images = trained.images(train=True)
+    has = has_attribute(images.labels, options.attribute)
+
+    # The direction: from the mean code of the images without the attribute to that of those with.
+    all_mu, _ = encode_all(trained, images)
+    direction = all_mu[has].mean(dim=0) - all_mu[~has].mean(dim=0)
+
+    strengths = torch.linspace(-2, 2, options.num or 9)
+    rows = []
+    for code in mu[:3]:
+        z = code + strengths[:, None] * direction
+        noise = same_noise(trained.model, options)
+        rows += paint(trained.model, options, z, noise).items()
+    trained.write_picture('edit', rows, [f'{strength:+.1f}' for strength in strengths])
+
+
+def robust(options):
+    """The command `robust`: refine a draft that is damaged more and more, in three ways."""
+    trained, _, mu = load_for_pictures(options)
+    model = trained.model
+    strengths = torch.linspace(0, 1, options.num or 8)
+    s = rearrange(strengths, 'n -> n 1 1 1')
+    generator = make_generator(options.seed, 'robust')
+    draft = model.vae.decode(mu[:1].to(model.device)).cpu()
+
+    # Noise, blur, and missing blocks of 4x4 pixels: the refiner saw none of them in training.
+    noisy = (draft + 0.5 * s * torch.randn(draft.shape, generator=generator)).clamp(0, 1)
+    blurred = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
+    height, width = draft.shape[2:]
+    block = torch.rand(1, 1, height // 4, width // 4, generator=generator)
+    block = F.interpolate(block, size=(height, width))
+    missing = draft.where(block >= s, draft.mean())
+
+    rows = []
+    z = mu[:1].expand(len(s), -1)
+    for name, damaged in (('noise', noisy), ('blur', blurred), ('blocks', missing)):
+        noise = same_noise(model, options)
+        rows.append((name, damaged))
+        rows.append(('refined', paint(model, options, z, noise, damaged)['refined']))
+    trained.write_picture('robust', rows, [f'{strength:.2f}' for strength in strengths])
+
+
+# ==== 10. QUALITY =================================================================================
+# A distance between sets of images, a better prior for z, and a bound of the likelihood.
+
+
 def laplacian_pyramid(x):
-    """[N, C, R, R] -> what each halving of the resolution loses, finest first, and the rest."""
+    """What each halving of the resolution loses, finest first, and the rest: [N, C, R, R] each."""
     row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
     kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)  # a blur, close to a Gaussian
     levels = []
     while x.shape[-1] >= 16:
-        low = F.conv2d(F.pad(x, [2] * 4, 'reflect'), kernel, stride=2, groups=x.shape[1])
+        padded = F.pad(x, (2, 2, 2, 2), 'reflect')
+        low = F.conv2d(padded, kernel, stride=2, groups=x.shape[1])
         levels.append(x - F.interpolate(low, size=x.shape[2:], mode='bilinear'))
         x = low
     return [*levels, x]
+
+
 def sliced_wasserstein(images, real, patches=64, directions=128):
-    """Distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000: [L].
-    Karras et al. 2018. It needs no pretrained network; it is not FID and not comparable to it."""
-    # In one dimension the Wasserstein distance is that of the sorted values; 7x7 patches have 49 C,
-    # so it is averaged over random directions. Both sets are normalised by the real one's mean and
-    # deviation: normalised by their own, drifting colours and weak contrast would not show.
-    g, distances = generator('sliced Wasserstein'), []
+    """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
+
+    Source: Karras et al., 2018. It needs no pretrained network; it is not FID, nor comparable.
+    """
+    # In one dimension the Wasserstein distance of two samples is the mean difference of their
+    # sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
+    # directions. Both sets are normalised by the real one's mean and deviation: normalised by
+    # their own, drifting colours and weak contrast would not show.
+    if images.shape != real.shape:
+        raise ValueError(f'sets of different shapes: {images.shape} and {real.shape}')
+    generator = make_generator('sliced Wasserstein')
+    distances = []
     for ours, theirs in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
-        mean, std = theirs.mean((0, 2, 3), keepdim=True), theirs.std((0, 2, 3), keepdim=True)
-        n, c, R, _ = theirs.shape
-        place = torch.randint((R - 6) ** 2, (n, 1, patches), generator=g).expand(-1, c * 49, -1)
-        project = F.normalize(torch.randn(c * 49, directions, generator=g), dim=0)
-        chosen = [F.unfold((level - mean) / std, 7).gather(2, place) for level in (ours, theirs)]
-        a, b = [rearrange(patch, 'n d p -> (n p) d') @ project for patch in chosen]
-        distances.append((a.sort(dim=0).values - b.sort(dim=0).values).abs().mean())
+        mean = theirs.mean((0, 2, 3), keepdim=True)
+        std = theirs.std((0, 2, 3), keepdim=True)
+        n, channels, resolution, _ = theirs.shape
+        numbers = channels * 49
+
+        # The same places of both sets' images, and the same directions.
+        place = torch.randint((resolution - 6) ** 2, (n, 1, patches), generator=generator)
+        direction = F.normalize(torch.randn(numbers, directions, generator=generator), dim=0)
+        projected = []
+        for level in (ours, theirs):
+            unfolded = F.unfold((level - mean) / std, 7)  # [n, numbers, places]
+            chosen = unfolded.gather(2, place.expand(-1, numbers, -1))
+            projected.append(rearrange(chosen, 'n d p -> (n p) d') @ direction)
+
+        a = projected[0].sort(dim=0).values
+        b = projected[1].sort(dim=0).values
+        distances.append((a - b).abs().mean())
     return 1000 * torch.stack(distances)
+
+
 def em_step(z, r, ridge=1e-6):
-    """From responsibilities r [N, K] to a mixture (w [K], m [K, D], S [K, D, D]), then to its
-    responsibilities for z [N, D], and its mean log-likelihood."""
-    # N_k = sum_n r_nk, w_k = N_k / N, m_k = sum_n r_nk z_n / N_k,
-    # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I: else singular if N_k < D.
-    # Then r_nk = p(k|z_n) = w_k N(z_n; m_k, S_k) / p(z_n), p(z_n) = sum_k of that; all in logs.
-    w, m = r.mean(0), r.T @ z / r.sum(0)[:, None]
+    """One step of EM for a mixture of K Gaussians, in float64.
+
+    z: [N, D]; r: responsibilities [N, K]. Returns the mixture (w [K], m [K, D], S [K, D, D]) that
+    fits them, its responsibilities for z, and its mean log-likelihood.
+    """
+    # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
+    # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
+    # then r_nk = p(k|z_n) = w_k N(z_n; m_k, S_k) / p(z_n),  p(z_n) = sum_k w_k N(z_n; m_k, S_k),
+    # all in logarithms, as the densities underflow (NOTES 2.8).
+    w = r.mean(dim=0)
+    m = r.T @ z / r.sum(dim=0)[:, None]
     S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])
     S = S + ridge * torch.eye(z.shape[1]).to(z)
+
     log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
     joint = w.log() + torch.stack(log_p, dim=1)  # log p(z, k): [N, K]
     return (w, m, S), joint.softmax(dim=1), joint.logsumexp(dim=1).mean()
-def fit_mixture(z, K, g, iterations=100, ridge=1e-6):
-    """EM for z [N, D]: weights, means, covariances; and each iteration's mean log-likelihood."""
-    means = z[torch.randperm(len(z), generator=g)[:K]]
-    for _ in range(10):  # k-means: every z to its nearest mean, every mean to its z's
-        r = F.one_hot(torch.cdist(z, means).argmin(1), len(means)).to(z)  # [N, K]
-        means = r.T @ z / r.sum(0).clamp(min=1)[:, None]
-    r, likelihoods = 0.99 * r + 0.01 / len(means), []  # none starts empty
+
+
+def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
+    """Fit K Gaussians to z [N, D]: (weights, means, covariances), and the likelihood's rise."""
+    # Start with k-means: every z to its nearest mean, every mean to the middle of its z.
+    means = z[torch.randperm(len(z), generator=generator)[:K]]
+    for _ in range(10):
+        nearest = torch.cdist(z, means).argmin(dim=1)
+        r = F.one_hot(nearest, len(means)).to(z)  # [N, K]
+        means = r.T @ z / r.sum(dim=0).clamp(min=1)[:, None]
+
+    # Then EM, from responsibilities that are not quite one or zero: no component starts empty.
+    r = 0.99 * r + 0.01 / len(means)
+    likelihoods = []
     for _ in range(iterations):
         mixture, r, log_p = em_step(z, r, ridge)
         likelihoods.append(log_p.item())
     return mixture, likelihoods
-def identity(options, path):
-    """What tells one set of samples from another: the settings, and when the model was saved."""
-    fixed = [f.name for f in fields(Sampling) if f.metadata['kind'] == 'fixed']
-    return {name: getattr(options, name) for name in fixed} | dict(model=path.stat().st_mtime_ns)
-def codes(model, config):
-    """(mu, logvar) of all training images, each [N, z_dim] on the CPU, and their labels."""
-    images = load_images(config.data, config.root, config.size)
-    encoded = [model.vae.encode(images.batch(i).to(model.device))
-               for i in torch.arange(len(images)).split(500)]
-    return [torch.cat(part).cpu() for part in zip(*encoded)], images.labels
-def mixture_of(model, config, path, options):
-    """--gmm: weights, means, Cholesky factors of Gaussians fitted to z ~ q(z|x); else None."""
-    # Ex-PDE, ex-post density estimation: the codes of the training images are not quite N(0, I), so
-    # that z ~ N(0, I) falls in part where the decoder never trained. The fit is kept in a file.
-    if not (options.gmm and model.vae):
+
+
+def mixture_of_codes(trained, K):
+    """Ex-PDE: (weights [K], means [K, z_dim], Cholesky factors) of Gaussians fitted to the codes.
+
+    The codes of the training images are not quite N(0, I), so some z ~ N(0, I) fall where the
+    decoder was never trained. Codes from a mixture fitted to z ~ q(z|x) do not. None without a VAE.
+    """
+    if trained.model.vae is None:
         return None
-    cache = path.with_name(f'{path.stem}-gmm{options.gmm}-{path.stat().st_mtime_ns}.pt')
-    load = lambda path: [part.float() for part in torch.load(path, weights_only=True)]
-    if not (mixture := read(cache, load, 'a mixture')):
-        (mu, logvar), g = codes(model, config)[0], generator('gmm')
-        z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=g)).double()
-        (w, m, S), _ = fit_mixture(z, options.gmm, g)
-        mixture = [p.float() for p in (w, m, torch.linalg.cholesky(S))]
-        write_atomically(cache, partial(torch.save, mixture))
-    return mixture
-def bound(model, x, g, sigma='small', strata=20):
-    """Upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
-    The chain's sum takes one random t of each of `strata` parts; T - 1 parts are the whole sum."""
-    # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0):
+    mu, logvar = encode_all(trained, trained.images(train=True))
+    generator = make_generator('gmm')
+    z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
+    (weights, means, covariances), _ = fit_mixture(z, K, generator)
+    return weights.float(), means.float(), torch.linalg.cholesky(covariances).float()
+
+
+def sum_of_pixels(values):
+    """[B, C, H, W] -> [B]."""
+    return values.flatten(1).sum(dim=1)
+
+
+def decoder_nats(x_0, mean, std):
+    """-log of the mass that a Gaussian has in the bin of each pixel's grey level: [B]."""
+    # Grey levels are 2/255 apart; the bins of the darkest and the brightest are open. A Gaussian is
+    # symmetric: the lower tail is used, for in the upper one its distribution function is near 1.
+    distance = (x_0 - mean).abs()
+    high = torch.special.log_ndtr((1 / 255 - distance) / std)
+    low = torch.special.log_ndtr((-1 / 255 - distance) / std)
+    low = low.where(x_0.abs() < 0.999, -math.inf)
+    return -sum_of_pixels(high + torch.log1p(-(low - high).exp()))
+
+
+def bound(model, x, generator, sigma='small', strata=20):
+    """An upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
+
+    strata: one random t is drawn from each of so many parts of 1 ... T - 1 for the sum.
+    """
+    # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0)
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
     #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
     #   L_0 = -log p(x_0|y_1), the mass of a Gaussian of variance beta~_2 in the bin of each pixel
-    alpha_bar = x.new_tensor(model.diffusion.schedule, dtype=torch.float64).view(-1, 1, 1, 1)
-    T, x_0, x_hat, z, terms = len(alpha_bar), 2 * x.double() - 1, None, None, {}
-    draw = lambda *shape: torch.randn(shape, generator=g).to(x.device)
-    total = lambda term: term.flatten(1).sum(1)
-    if model.vae:
-        mu, logvar = model.vae.encode(x)
-        z = reparameterize(mu, logvar, draw(*mu.shape))
-        x_hat, terms['code'] = 2 * model.vae.decode(z) - 1, kl_divergence(mu, logvar).double()
-    def prediction(t):  # x_0, as the network predicts it from y_t ~ q(y_t|x_0)
-        y_t = q_sample(x_0, alpha_bar[t], draw(*x.shape))
-        eps = model.eps_theta(y_t.float(), t, x_hat, z).double()
-        return predict_x0(y_t, alpha_bar[t], eps).clamp(-1, 1)
-    last, chain = alpha_bar[-1], 0
-    terms['L_T'] = total(kl_normal(Normal(last**0.5 * x_0, (1 - last) ** 0.5), Normal(0.0, 1.0)))
-    for part in torch.arange(1, T).tensor_split(strata):
-        t = part[(len(part) * torch.rand(len(x), generator=g)).long()].to(x.device)
-        difference, v_q = q_posterior(x_0 - prediction(t), 0, alpha_bar[t], alpha_bar[t - 1])
-        v_p = v_q if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
-        kl = kl_normal(Normal(difference, v_q**0.5), Normal(0.0, v_p**0.5))
-        chain = chain + len(part) * total(kl)
-    mean = prediction(torch.zeros(len(x), dtype=torch.long, device=x.device))
-    std = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])[1] ** 0.5
-    # Pixel values are 2/255 apart; the bins of -1 and 1 are open. The Gaussian is symmetric: take
-    # the lower tail, for in the upper one its distribution function, near 1, is inexact.
-    log_cdf = lambda edge: torch.special.log_ndtr((edge - (x_0 - mean).abs()) / std)
-    low, high = log_cdf(-1 / 255).where(x_0.abs() < 0.999, -math.inf), log_cdf(1 / 255)
-    return terms | dict(chain=chain, decoder=-total(high + torch.log1p(-(low - high).exp())))
-def slerp(a, b, w):
-    """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
-    # sin((1-w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b.
-    # Clamp the cosine: finite at theta = 0. The mean of two noises has only half their variance.
-    theta = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999).acos()
-    return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
-def command_evaluate(options: Sampling):
-    """a table of distances to held-out images: all trained models, by sampler and network calls"""
-    options = replace(options, steps=1)  # each row has its own number
-    models = [load_trained(options, form) for form in FORMS if options.form in (None, form)
-              and load_checkpoint(options.out, 2, form)[1]] or [load_trained(options)]
-    config, num = models[0][1], options.num or (200 if options.bits else 500)
-    T = options.start or min(config.timesteps for _, config, _ in models)
-    train, held_out = [load_images(config.data, config.root, config.size, t) for t in (True, False)]
-    if num > len(held_out) or num * options.seeds > len(train):
-        raise UserError(f'--num {num}: of {len(train)} training, {len(held_out)} other images')
-    if not 1 <= min(options.calls, default=0) <= max(options.calls) <= T:
+    # It holds for z ~ N(0, I) and the ancestral chain (NOTES 2.7). All but the network is float64.
+    alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64).view(-1, 1, 1, 1)
+    x_0 = 2 * x.double() - 1
+    terms = {}
+
+    # The code: what it costs to say z.
+    x_hat = None
+    z = None
+    if model.vae is not None:
+        mu, logvar = model.vae.encode(x.to(model.device))
+        eps = torch.randn(mu.shape, generator=generator).to(mu.device)
+        z = reparameterize(mu, logvar, eps)
+        x_hat = 2 * model.vae.decode(z) - 1
+        terms['code'] = kl_divergence(mu, logvar).cpu().double()
+
+    def predicted_x0(t):
+        """What the network makes of y_t ~ q(y_t|x_0)."""
+        y_t = q_sample(x_0, alpha_bar[t], torch.randn(x.shape, generator=generator))
+        eps = model.eps_theta(y_t.float().to(model.device), t.to(model.device), x_hat, z)
+        return predict_x0(y_t, alpha_bar[t], eps.cpu().double()).clamp(-1, 1)
+
+    # The start: y_T is not quite N(0, I).
+    start = Normal(alpha_bar[-1] ** 0.5 * x_0, (1 - alpha_bar[-1]) ** 0.5)
+    terms['L_T'] = sum_of_pixels(torch.distributions.kl_divergence(start, Normal(0.0, 1.0)))
+
+    # The chain: one t from each part of the sum stands for all of the part.
+    terms['chain'] = 0
+    for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
+        t = part[(len(part) * torch.rand(len(x), generator=generator)).long()]
+        # The means are linear in x_0: their difference is the mean that the error of x_0 has.
+        error = x_0 - predicted_x0(t)
+        difference, variance = q_posterior(error, 0, alpha_bar[t], alpha_bar[t - 1])
+        ours = variance if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
+        L_t = torch.distributions.kl_divergence(
+            Normal(difference, variance**0.5), Normal(0.0, ours**0.5)
+        )
+        terms['chain'] = terms['chain'] + len(part) * sum_of_pixels(L_t)
+
+    # The last step, as the decoder of grey levels.
+    mean = predicted_x0(torch.zeros(len(x), dtype=torch.long))
+    _, variance = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])
+    terms['decoder'] = decoder_nats(x_0, mean, variance**0.5)
+    return terms
+
+
+EVALUATED = (('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform'))
+
+
+def evaluation_rows(trained, options):
+    """The rows of a model in the table: (name, which images, options that make them)."""
+    T = trained.options.timesteps
+    if not options.calls or min(options.calls) < 1 or max(options.calls) > T:
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
+    if options.guidance and any(calls % 2 for calls in options.calls):
+        raise UserError(f'--calls {options.calls}: a guided step takes two')
+    form = name_of(trained.options.form)
+    rows = []
+    if trained.model.vae is not None:
+        rows.append((f'{form} drafts', 'draft', replace(options, steps=1)))
+    for sampler, spacing in EVALUATED:
+        for calls in options.calls:
+            steps = calls // 2 if options.guidance else calls
+            row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
+            rows.append((f'{form} {sampler} {spacing}, {calls} calls', 'refined', row))
+    return rows
+
+
+def evaluate(options):
+    """The command `evaluate`: distances to held-out images, by model, sampler and network calls.
+
+    For MNIST and Fashion-MNIST that is with the black border that pads them to 32x32.
+    """
+    runs = [load_trained(options, form) for form in trained_forms(options)]
+    train_images = runs[0].images(train=True)
+    held_out = runs[0].images(train=False)
+    num = options.num or (200 if options.bits else 500)
+    if num > len(held_out) or num * options.seeds > len(train_images):
+        count = f'{len(held_out)} held-out and {len(train_images)} training images'
+        raise UserError(f'--num {num}, --seeds {options.seeds}: there are {count}')
     real = held_out.batch(range(num))
     if options.bits:
-        return print_bits(models, real, options)
-    def generated(what, model, mixture, row, i):
-        row = replace(row, seed=row.seed + i)
-        return torch.cat([sample_chunk(model, row, chunk, len(part), mixture)[what]
-                          for chunk, part in enumerate(real.split(CHUNK))])
-    jobs = {'floor: training images': (  # name: network calls, what identifies it, images of seed i
-        0, f'{config.data} {config.size}', lambda i: train.batch(range(i * num, (i + 1) * num)))}
-    for model, config, path in models:
-        mixture = mixture_of(model, config, path, options)
-        rows = {'drafts': (1, 'draft', options)} if model.vae else {}
-        for (sampler, spacing), calls in itertools.product(EVALUATED, options.calls):
-            steps = max(1, calls // (1 + (options.guidance > 0)))  # two calls a guided step
-            row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
-            rows[f'{sampler} {spacing}, {calls} calls'] = calls, 'refined', row
-        for name, (calls, what, row) in rows.items():
-            images = partial(generated, what, model, mixture, row)
-            jobs[f'{FORMS[config.form]} {name}'] = calls, identity(row, path), images
-    store = Path(options.json or f'{options.out}/evaluate.json')  # all that was ever measured
-    cells = read(store, lambda path: {k: torch.tensor(d).flatten(1).tolist() for k, d in
-                 json.loads(path.read_text()).items()}, 'a table of evaluate') or {}
-    key = {name: f'{name} {num} {options.seeds} {job[1]}' for name, job in jobs.items()}
-    todo, start = [jobs[name][0] for name in jobs if key[name] not in cells], time.monotonic()
-    sample_chunk(models[0][0], Sampling(steps=2), 0, CHUNK)  # for its time
-    seconds = (time.monotonic() - start) / 2 / CHUNK * num * sum(todo) + 3 * len(todo)
-    print(f'{len(todo)} of {len(jobs)} cells left, about {options.seeds * seconds / 60:.0f} min\n'
-          f'Distance to {num} held-out images (not FID) +- standard error (by level)', flush=True)
-    for name, (_, _, images) in jobs.items():
-        if (k := key[name]) not in cells:
-            cells[k] = [sliced_wasserstein(images(i), real).tolist() for i in range(options.seeds)]
-            write_atomically(store, lambda file: file.write(json.dumps(cells).encode()))
-        d = torch.tensor(cells[k])  # [seeds, levels]
-        error, levels = d.mean(1).std() / len(d) ** 0.5, ' '.join(f'{x:.1f}' for x in d.mean(0))
-        print(f'{name:36} {d.mean():7.1f} +- {error:.1f} ({levels})', flush=True)
-def print_bits(models, x, options):
-    """The bound of each model for images x, its terms apart, in bits per dimension."""
-    if options.gmm or options.guidance or options.start or options.temperature != 1:
-        raise UserError('--bits: without --gmm, --guidance, --start and --temperature')
-    for (model, config, _), sigma in itertools.product(models, ('small', 'large')):
-        nats_per_bit = to_uint8(x[:1], config.data).numel() * math.log(2)  # without the padding
-        g = generator(options.seed, 'bits')
-        parts = [bound(model, part.to(model.device), g, sigma) for part in x.split(CHUNK)]
-        bits = {name: torch.cat([p[name] for p in parts]) / nats_per_bit for name in parts[0]}
-        total = sum(bits.values())
-        terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
-        print(f'{FORMS[config.form]:7} {sigma:5}: at most {total.mean():.3f} '
-              f'+- {total.std() / len(total) ** 0.5:.3f} bits/dim: {terms}', flush=True)
-def held_out_codes(options):
-    """For pictures: model, `Config`, held-out images, their mean codes, and what writes rows."""
-    model, config, path = load_trained(options)
-    if (num := options.num or 8) > CHUNK or not model.vae:
-        raise UserError(f'--form {config.form} --num {num}: takes form 1 or 2, up to {CHUNK}')
-    held_out = load_images(config.data, config.root, config.size, train=False)
-    x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
-    mu = model.vae.encode(x.to(model.device))[0].cpu()
-    def write(name, rows, columns=()):
-        write_grid(path.with_name(f'{name}-{FORMS[config.form]}.png'), rows, config.data, columns)
-    return model, config, x, mu, write
-def command_reconstruct(options: Sampling):
-    """held-out images, the VAE's drafts of their mean codes, and these refined"""
-    model, config, x, mu, write = held_out_codes(options)
-    rows = {'image': x, config.signal: model.vae.signal(x)} | paint(model, options, mu)
-    write('reconstruct', rows.items())
-def command_interpolate(options: Sampling):
-    """between the codes of two held-out images with all noise shared; and between two noises"""
-    model, _, x, mu, write = held_out_codes(options)
-    w = torch.linspace(0, 1, options.num or 8)
-    along = slerp if options.path == 'slerp' else torch.lerp
-    rows = paint(model, options, torch.stack([along(mu[0], mu[1], v) for v in w]))
-    g = [generator(options.seed, key) for key in ('shared noise', 'other noise')]
-    def between():  # at every step, not only y_T, which a long chain forgets
-        a, b = [torch.randn(1, *model.image_shape, generator=one) for one in g]
-        return torch.cat([slerp(a, b, v) for v in w])
-    rows['other noise'] = paint(model, options, mu[:1].expand(len(w), -1), between)['refined']
-    write('interpolate', rows.items(), [f'{v:.2f}' for v in w])
-def has_attribute(labels, text):
-    """Which images have an attribute, e.g. kind=circle, digit=3, size>0.5 or Smiling: bool [N]."""
-    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '', re.DOTALL).groups()
-    try:
-        number = KINDS.index(value) if name == 'kind' else float(value or 1)
-        has = {'>': torch.gt, '<': torch.lt}.get(relation, torch.eq)(labels[name], number)
-    except (KeyError, ValueError) as error:
-        raise UserError(f'--attribute {text}: there are {", ".join(labels) or "no labels"}; kinds '
-                        f'are {", ".join(KINDS)}, other values numbers') from error
-    if has.all() or not has.any():
-        raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
-    return has
-def command_edit(options: Sampling):
-    """move codes along an attribute: the mean code of images with it minus that of those without"""
-    model, config, x, mu, write = held_out_codes(options)
-    (all_mu, _), labels = codes(model, config)
-    has = has_attribute(labels, options.attribute)
-    d = all_mu[has].mean(0) - all_mu[~has].mean(0)  # the direction
-    s = torch.linspace(-2, 2, options.num or 9)
-    rows = [row for z in mu[:3] for row in paint(model, options, z + s[:, None] * d).items()]
-    write('edit', rows, [f'{strength:+.1f}' for strength in s])
-def command_robust(options: Sampling):
-    """damage a draft more and more before it is refined: by noise, by blur, by missing blocks"""
-    model, _, _, mu, write = held_out_codes(options)
-    strengths, g = torch.linspace(0, 1, options.num or 8), generator(options.seed, 'robust')
-    s, rows = rearrange(strengths, 'n -> n 1 1 1'), []
-    draft = model.vae.decode(mu[:1].to(model.device)).cpu()
-    noise = (draft + 0.5 * s * torch.randn(draft.shape, generator=g)).clamp(0, 1)
-    blur = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
-    block = torch.rand(1, 1, *[r // 4 for r in draft.shape[2:]], generator=g)  # of 4x4 pixels
-    blocks = draft.where(F.interpolate(block, size=draft.shape[2:]) >= s, draft.mean())
-    for name, x_hat in dict(noise=noise, blur=blur, blocks=blocks).items():
-        refined = paint(model, options, mu[:1].expand(len(s), -1), draft=x_hat)['refined']
-        rows += [(name, x_hat), ('refined', refined)]
-    write('robust', rows, [f'{v:.2f}' for v in strengths])
-def command_bench(options: Other):
-    """speed of two networks as a share of the device's own, and what the presets' runs cost"""
-    device, fast = choose_device(options.device)
-    def setup(preset, stage, device, layout, **changes):
-        config = replace(resolve(dict(stage=stage, preset=preset), {}, ''), **changes)
-        images = Images(torch.zeros(1, 3, config.size, config.size, dtype=torch.uint8))
-        model = build(config).to(device, memory_format=layout)
-        return config, model, training_inputs(model, images, config, 0, device)
-    def flops(work):  # floating-point operations
-        with FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops()
-    def speed(work):  # images/s and TFLOP/s, the fastest of five; the sum waits for the device
-        seconds = min(timeit.repeat(lambda: work().sum().item(), number=1, repeat=5))
-        return 16 / seconds, flops(work) / seconds / 1e12
-    print('A step in plain float32 and as in a run: images/s, TFLOP/s, share of a large product')
-    modes = ('float32', torch.contiguous_format), (fast, torch.channels_last)
-    for preset, (dtype, layout) in itertools.product(('small', 'cifar10'), modes):
-        _, model, inputs = setup(preset, 2, device, layout, batch=16, precision=dtype)
-        adam, (x, z, *_) = torch.optim.Adam(model.unet.parameters(), fused=True), inputs
-        square = torch.randn(4096, 4096, device=device, dtype=getattr(torch, dtype))
-        _, peak = speed(lambda: square @ square)
-        for name, work in (('training', lambda: training_step(model, adam, inputs, 1.0)),
-                ('sampling', lambda: model.eval().refine(x, z, x, lambda: 0, steps=1))):
-            images, rate = speed(work)
-            print(f'{preset:8} {dtype:8} {name} {images:9.1f} {rate:9.3f} {rate / peak:9.0%}')
-    print(f'\nA projection: FLOPs of a whole run, and hours at {options.tflops} TFLOP/s')
-    for preset, stage in itertools.product(PRESETS, (1, 2)):
-        config, model, inputs = setup(preset, stage, torch.device('meta'), torch.channels_last)
-        total = config.steps * flops(lambda: model(*inputs)[0].backward())
-        print(f'{preset:12} stage {stage} {total:9.1e} {total / 3600e12 / options.tflops:9.1f}')
-# ==== 10. COMMAND LINE, AND EXERCISES =============================================================
-EXERCISES = dict(reparameterize=1, kl_divergence=2, negative_elbo=2, linear_schedule=1, q_sample=1,
-                 predict_x0=1, q_posterior=3, ddpm_step=2, ddim_step=3, ddpm_loss=2,
-                 time_embedding=1, network_input=1, ema_update=2, em_step=3, slerp=2)  # points
-def command_exercise(options: Other):
-    """write a copy of this file with the bodies of exercises blanked, for a student to fill in"""
-    numbers, path = {name: i for i, name in enumerate(EXERCISES, 1)}, Path(options.out)
-    if options.list:
-        return print('\n'.join(f'{i:2}  {n:15} {EXERCISES[n]} points' for n, i in numbers.items()))
-    if not {*options.only} <= {*numbers.values()}:
-        raise UserError(f'--only {options.only}: exercises have numbers from 1 to {len(numbers)}')
-    if path.exists():
-        raise UserError(f'--out {path}: exists already; move it, or name another file')
-    lines = (source := Path(__file__).read_text(encoding='utf-8')).splitlines()
-    for node in reversed(ast.parse(source).body):  # from the end, so that line numbers stay right
-        number = numbers.get(getattr(node, 'name', None), 0)
-        if number in (options.only or numbers.values()):  # docstring and formula stay
-            body = slice(node.body[1].lineno - 1, node.end_lineno)
-            lines[body] = [f"    raise NotImplementedError('Exercise {number}: {node.name}')"]
-    write_atomically(path, lambda file: file.write(('\n'.join(lines) + '\n').encode()))
-    print(f'{path}: fill it in, and grade it with DIFFUSEVAE={path} pytest')
-def main(argv=None):
-    """Run one command of the command line; returns the exit code."""
-    def fail(message):  # argparse would print the usage, too, and exit
+        evaluate_bits(runs, real, options)
+        return
+
+    rows = [(trained, evaluation_rows(trained, options)) for trained in runs]
+    print(f'Distance to {num} held-out images (not FID): mean over {options.seeds} seeds, lowest')
+    print('and highest; mean of each level of the pyramid, finest first')
+    table = [['images', 'mean', 'lowest', 'highest', 'levels']]
+
+    def add_row(name, distances):
+        distances = torch.stack(distances)  # [seeds, levels]
+        by_seed = distances.mean(dim=1)
+        levels = ' '.join(f'{level:.1f}' for level in distances.mean(dim=0))
+        row = [f'{value:.1f}' for value in (by_seed.mean(), by_seed.min(), by_seed.max())]
+        table.append([f'"{name}"', *row, levels])
+        print(f'{name:36} {row[0]:>7} ({row[1]} to {row[2]}; {levels})', flush=True)
+        write_table(Path(options.out) / 'evaluate.csv', table)
+
+    # How far training images are: about as near as one can hope to come.
+    parts = [train_images.batch(range(i * num, (i + 1) * num)) for i in range(options.seeds)]
+    add_row('floor: training images', [sliced_wasserstein(part, real) for part in parts])
+
+    for trained, rows_of_model in rows:
+        mixture = None
+        if options.gmm is not None:
+            mixture = mixture_of_codes(trained, options.gmm)
+        for name, which, row in rows_of_model:
+            distances = []
+            for seed in range(options.seed, options.seed + options.seeds):
+                images = sample_set(trained.model, replace(row, seed=seed), which, num, mixture)
+                distances.append(sliced_wasserstein(images, real))
+            add_row(name, distances)
+
+
+def sample_set(model, options, which, num, mixture):
+    """num images, drafts or refined ones, from as many chunks as it takes: [num, C, H, W]."""
+    images = []
+    for chunk, first in enumerate(range(0, num, CHUNK)):
+        n = min(CHUNK, num - first)
+        images.append(sample_chunk(model, options, chunk, n, mixture)[which])
+    return torch.cat(images)
+
+
+def evaluate_bits(runs, real, options):
+    """Print the bound of each model for held-out images, and its terms, in bits per dimension."""
+    if options.gmm is not None or options.guidance or options.temperature != 1:
+        raise UserError('--bits: without --gmm, --guidance and --temperature')
+    for trained in runs:
+        # The padding of grey sets is not a part of the images.
+        dimensions = to_uint8(real[:1], trained.options.data).numel()
+        for sigma in SIGMAS:
+            generator = make_generator(options.seed, 'bits')
+            parts = [bound(trained.model, x, generator, sigma) for x in real.split(CHUNK)]
+            bits = {}
+            for name in parts[0]:
+                nats = torch.cat([part[name] for part in parts])
+                bits[name] = nats / math.log(2) / dimensions
+            total = sum(bits.values())
+            error = total.std() / len(total) ** 0.5
+            terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
+            name = f'{name_of(trained.options.form):7} {sigma:5}'
+            print(
+                f'{name}: at most {total.mean():.3f} +- {error:.3f} bits/dim: {terms}', flush=True
+            )
+
+
+# ==== 11. THE COMMAND LINE ========================================================================
+
+COMMANDS = {
+    'train': (train, TrainingOptions, 'train a stage: start, resume or extend a run'),
+    'sample': (sample, SamplingOptions, 'drafts above refined images, or a folder of PNGs'),
+    'reconstruct': (reconstruct, SamplingOptions, 'held-out images, their drafts, and refined'),
+    'interpolate': (interpolate, SamplingOptions, 'between two codes, and between two noises'),
+    'edit': (edit, SamplingOptions, 'move codes along the direction of an attribute'),
+    'robust': (robust, SamplingOptions, 'damage a draft more and more before it is refined'),
+    'evaluate': (evaluate, SamplingOptions, 'distances to held-out images, or bits per dimension'),
+}
+
+
+def whole_numbers(text):
+    """'1,2,2' -> (1, 2, 2)."""
+    return tuple(int(number) for number in text.split(',') if number)
+
+
+def default_text(setting):
+    """What an option is if it is not given, in words for the help."""
+    if setting.default is not None and setting.type is not bool:
+        return f' (default {setting.default})'
+    small = PRESETS['small']
+    values = [(small['both'] | small[stage]).get(setting.name) for stage in (1, 2)]
+    if values[1] in (None, ()) or setting.type is bool:
+        return ''
+    if values[0] in (None, values[1]):
+        return f' (default {values[1]})'
+    return f' (default {values[0]} in stage 1, {values[1]} in stage 2)'
+
+
+def add_options(parser, command, options_class):
+    """Give the parser an option for each field that the command takes."""
+    for setting in fields(options_class):
+        facts = setting.metadata
+        if facts['commands'] is not None and command not in facts['commands']:
+            continue
+        names = [flag(setting.name)]
+        if setting.name == 'out':
+            names.append('-o')
+        how = {'help': facts['meaning'] + default_text(setting), 'default': argparse.SUPPRESS}
+        if setting.type is bool:
+            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **how)
+        else:
+            parse = whole_numbers if setting.type is tuple else setting.type
+            required = setting.name == 'stage'
+            choices = facts['choices']
+            parser.add_argument(*names, type=parse, choices=choices, required=required, **how)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are the user's, in one line."""
+
+    def error(self, message):
         raise UserError(message)
-    parser = argparse.ArgumentParser('diffusevae.py', description=__doc__.split('\n')[0])
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for run in [value for name, value in globals().items() if name.startswith('command_')]:
-        name, text, (settings,) = run.__name__[8:], run.__doc__, run.__annotations__.values()
-        sub = commands.add_parser(name, allow_abbrev=False, help=text, description=text)
-        sub.set_defaults(run=run, settings=settings)
-        sub.error = parser.error = fail
-        for f in fields(settings):  # absent from the result unless given
-            how = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(
-                type=f.type, choices=f.metadata['choices'])
-            default = '' if str(f.default) in ('None', 'False', '()') else f' (default {f.default})'
-            if name in (f.metadata['only'] or name):
-                sub.add_argument(*['-o'] * (f.name == 'out'), f'--{f.name.replace("_", "-")}',
-                                 default=argparse.SUPPRESS, **how, required=f.name == 'stage',
-                                 help=f.metadata['help'] + default)
+
+
+def parse(argv):
+    """The function of the command, and its options as a dataclass. UserError for bad ones."""
+    description = __doc__.split('\n')[0] + ' Presets replace the defaults that train --help shows.'
+    parser = Parser(prog='diffusevae.py', description=description)
+    commands = parser.add_subparsers(required=True, metavar='COMMAND', dest='command')
+    for name, (_, options_class, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_options(command, name, options_class)
+
+    given = vars(parser.parse_args(argv))
+    run, options_class, _ = COMMANDS[given.pop('command')]
+    for setting in fields(options_class):
+        value = given.get(setting.name)
+        low = setting.metadata['low']
+        high = setting.metadata['high']
+        if value is not None and low is not None and not low <= value <= high:  # nan is out, too
+            raise UserError(f'{flag(setting.name)} {value}: not from {low} to {high}')
+    return run, options_class(**given)
+
+
+def main(argv=None):
+    """Run one command. Returns the exit code: 2 after an error that the user can fix, in a line."""
     try:
-        given = vars(parser.parse_args(argv))
-        run, settings = given.pop('run'), given.pop('settings')
-        for f in fields(settings):
-            value, low, high = given.get(f.name), f.metadata['low'], f.metadata['high']
-            if None not in (value, low) and not low <= value <= high:  # nan is out of any range
-                raise UserError(f'--{f.name.replace("_", "-")} {value}: not from {low} to {high}')
-        return run(given if settings is Config else settings(**given)) or 0
-    except (UserError, OSError, NotImplementedError, FloatingPointError,
-            torch.OutOfMemoryError) as error:  # the last: of CUDA, e.g. by too large a --batch
-        print('error:', ' '.join(str(error).splitlines()), file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        run, options = parse(argv)
+        return run(options) or 0
     except KeyboardInterrupt:
         return 130
+    except (UserError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+        print('error:', ' '.join(str(error).split()), file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+
+
 if __name__ == '__main__':
     sys.exit(main())
