@@ -4,9 +4,10 @@ To be read from top to bottom beside the paper: Pandey, Mukherjee, Rai, Kumar, "
 Efficient, Controllable and High-Fidelity Generation from Low-Dimensional Latents", TMLR 2022,
 arXiv 2201.00308. This is not the authors' code. NOTES.md derives what is only stated here.
 
-    z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft ---+
-                                                               v  (as extra input channels)
-    pure noise ----> U-Net, a few steps back in time ----------+---> x_0, a sharp image
+    z ~ N(0, I) ---> VAE decoder ---> x_hat, a blurry draft
+                                        |
+                                        v  as extra input channels
+    pure noise --------------------> U-Net, a few steps back in time ---> x_0, a sharp image
 
 A VAE draws from a small code z that can be edited and interpolated, but its images are blurry. A
 diffusion model paints sharp detail, but slowly, and its only code is noise as large as the image.
@@ -62,15 +63,19 @@ class UserError(Exception):
 # Tensors go in and tensors come out; files and data sets come later. Whoever stops after this part
 # has seen the model, both losses and the sampler.
 #
-# Symbols, used in the same sense everywhere:
+# Symbols:
 #   B, C, H, W    images in a batch, channels, height, width
 #   x, x_0        an image in [0, 1], as the VAE sees it, and the same image in [-1, 1], as the
 #                 diffusion model sees it: x_0 = 2 x - 1
-#   z             the code of an image: z_dim numbers
-#   x_hat         the VAE's draft. The VAE makes it in [0, 1]; the diffusion model is shown it in
-#                 [-1, 1]. Where both meet, in section 4, the one in [0, 1] is called `draft`
+#   z             the code of an image: z_dim numbers; mu and sigma^2 = exp(logvar) are mean and
+#                 variance of the codes that may have made an image
+#   y             what the VAE models of an image: usually the image itself
+#   x_hat         the VAE's draft of y. The VAE makes it in [0, 1]; the diffusion model is shown it
+#                 in [-1, 1]. Where both meet, in section 4, the one in [0, 1] is called `draft`
 #   alpha         the weight of the KL in the VAE's loss; it has nothing to do with alpha_bar
-#   t, T          time, 1 ... T in formulas and 0 ... T - 1 in code; at T only noise is left
+#   t, T          time, 1 ... T in formulas and 0 ... T - 1 in code; at T y_t is only noise
+#   x_t, y_t      the image noised to time t, and the same without the draft that Formulation 2 adds
+#                 to it (section 2); y_t has nothing to do with y
 #   beta_t        variance of the noise that is added from time t - 1 to time t
 #   alpha_bar_t   (1 - beta_1) ... (1 - beta_t), the share of the image's power left at time t
 #   eps           noise ~ N(0, I); eps_theta is the U-Net's estimate of it
@@ -78,15 +83,17 @@ class UserError(Exception):
 # ==== 1. THE VAE, which draws the drafts ==========================================================
 #
 # The decoder turns a code z ~ N(0, I) into a draft: the mean x_hat(z) of a Gaussian p(y|z). The
-# encoder says which codes may have made an image: q(z|x_0) = N(mu, diag sigma^2). Here y is what
-# the VAE models of the image: usually the image itself, but it may be a grey, a coarse or a masked
-# version. All of DiffuseVAE maximises one lower bound (NOTES 2.1):
+# encoder says which codes may have made an image: q(z|x_0) = N(mu, diag sigma^2). Usually y is the
+# image itself, but it may be a grey, a coarse or a masked version. The method rests on one lower
+# bound (NOTES 2.1):
 #
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# Stage 1 trains the VAE on the first line. Stage 2 freezes it, and trains the diffusion model on
-# the second line: from the draft of y to the image x_0.
+# The paper writes q(z|y, x_0), but y is a function of x_0; and it conditions the second line on y
+# and z, of which the diffusion model sees the draft (and z, if it is built to). Stage 1 trains the
+# VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model on the second line,
+# which is a sum over t, but with other weights (`ddpm_loss`).
 
 
 def reparameterize(mu, logvar, eps):
@@ -114,8 +121,8 @@ def kl_divergence(mu, logvar):
 def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     """The loss of stage 1 and its two parts, each a mean over the batch.
 
-    x, x_hat: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim]; alpha > 0 weighs the KL.
-    Returns (loss, squared error, KL): three numbers, the KL in nats.
+    x, or y where it is not x, and x_hat: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim]; alpha > 0
+    weighs the KL. Returns (loss, squared error, KL): three numbers, the KL in nats.
     """
     # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) )
     #
@@ -132,8 +139,8 @@ def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
 class VAEBlock(nn.Module):
     """A residual bottleneck without normalisation: [B, width, R, R] -> the same shape.
 
-    GELU and a convolution, four times: 1x1 to half the width, twice 3x3, and 1x1 back. Biases start
-    at zero, as in the authors' code.
+    GELU and a convolution, four times: 1x1 to half the width, twice 3x3 (where there is more than
+    one pixel), and 1x1 back. Biases start at zero, as in the authors' code.
     """
 
     def __init__(self, width, resolution):
@@ -161,9 +168,9 @@ class VAEBlock(nn.Module):
 def backbone(blocks, widths):
     """Residual blocks, changing resolution in between: most layers of the encoder or the decoder.
 
-    blocks: how many at each resolution, in the order of the layers: {32: 7, 16: 4, ..., 1: 3} goes
-    down, {1: 1, 4: 2, ..., 32: 15} goes up; widths: channels, e.g. {32: 64, ..., 1: 512}.
-    Source: the authors' code, which writes this as `32x7,32d2,32t16,16x4,...`.
+    blocks: how many at each resolution, in the order of the layers: {1: 1, 4: 2, ..., 32: 15} goes
+    up; {32: 7, 16: 4, ..., 1: 3} goes down, where one more block than it says stands before each
+    pooling. widths: channels, e.g. {32: 64, ..., 1: 512}. Source: the authors' code.
     """
     layers = []
     for resolution, following in pairwise(blocks):  # each resolution, and the one after it
@@ -172,8 +179,8 @@ def backbone(blocks, widths):
         for _ in range(blocks[resolution]):
             layers.append(VAEBlock(widths[resolution], resolution))
 
-        # Down: one more block than `blocks` says, then each square of pixels becomes its mean. Up:
-        # each pixel becomes a square of equal pixels.
+        # Down: the additional block, then each square of pixels becomes its mean. Up: each pixel
+        # becomes a square of equal pixels.
         if following < resolution:
             layers.append(VAEBlock(widths[resolution], resolution))
             layers.append(nn.AvgPool2d(resolution // following))
@@ -242,21 +249,25 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(widths[size], channels, 3, padding=1)
 
     def encode(self, x):
-        """q(z|x): [B, C, H, W] in [0, 1] -> mu and logvar, each [B, z_dim]."""
+        """q(z|x): x [B, C, H, W] in [0, 1] -> mu and logvar, each [B, z_dim].
+
+        It looks only at y: so a picture of which only the grey version is known has a code, too.
+        """
         h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
         mu = rearrange(self.mu(h), 'b z 1 1 -> b z')
         logvar = rearrange(self.logvar(h), 'b z 1 1 -> b z')
         return mu, logvar
 
     def decode(self, z):
-        """The draft, the mean of p(x|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
+        """The draft, the mean of p(y|z): [B, z_dim] -> [B, C, H, W] in [0, 1]."""
         h = self.decoder(rearrange(z, 'b z -> b z 1 1'))
         return torch.sigmoid(self.head(h))
 
     def random_inputs(self, n, generator):
         """The noise of a training step on n images: {'eps_z': [n, z_dim]}.
 
-        It is drawn outside `forward`, from the step's own generator: so a step can be repeated.
+        It is not drawn in `forward`, because training gives each step a random generator of its own
+        (section 7): a run that was interrupted then goes on with the same noise.
         """
         return {'eps_z': torch.randn(n, self.z_dim, generator=generator)}
 
@@ -281,16 +292,18 @@ class VAE(nn.Module):
 #     q(x_t|x_t-1, x_hat) = N(sqrt(1 - beta_t) x_t-1 + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
 #     hence q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
 #
-# Now subtract the draft: let y_t := x_t - x_hat for t >= 1, and y_0 := x_0. Then y_t follows
-# Formulation 1's process exactly, so one code in y serves both (NOTES 2.6). For Formulation 1 and
-# for the baseline without drafts let y_t := x_t. The formulations differ in one line of section 4.
+# Now subtract the draft: let y_t := x_t - x_hat for t >= 1. But y_0 := x_0, not x_0 - x_hat, which
+# is why the first step above has a rule of its own. Then y_t follows Formulation 1's process
+# exactly, so one code in y serves both (NOTES 2.6). A chain in y ends in the image itself: nothing
+# has to be added back. For Formulation 1 and for the baseline without drafts let y_t := x_t. The
+# formulations differ in one line of section 4.
 #
 # The reverse chain asks the network for the noise in y_t, removes all of it, which leaves an
 # estimate of the clean image, and goes some way towards this estimate. The steps below call the
-# estimate x_0. As a chain of few steps goes far at once, formulas are written in alpha_bar, of the
-# time where the chain is, and alpha_bar_next, of the time to which it goes (1 after the last step).
-# `q_sample`, `predict_x0` and `q_posterior` take them as numbers or, where each image has a time of
-# its own, as [B, 1, 1, 1].
+# estimate x_0. A chain of few steps skips times. So each formula uses alpha_bar at the current time
+# and alpha_bar_next at the chain's next, smaller time (1 after the last step). In `q_sample`,
+# `predict_x0` and `q_posterior` they are numbers or, where each image has a time of its own,
+# [B, 1, 1, 1].
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
@@ -336,22 +349,23 @@ def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
     return mean, variance
 
 
-def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='small'):
+def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, variance='small'):
     """The ancestral step of DDPM: a draw from the posterior, as if the estimate x_0 were true.
 
-    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); sigma: 'small' or 'large'. Returns y_next.
+    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); variance: 'small' or 'large'. Returns y_next.
     """
-    # y_next = mean of q(y_next|y_t, x_0) + sigma noise; the last step adds no noise
+    # y_next = mean of q(y_next|y_t, x_0) + standard deviation * noise; no noise in the last step
     #
-    # sigma^2 is the posterior's variance ("small") or beta ("large"). The first is right if x_0 is
-    # known; the second if nothing is known, that is if x_0 ~ N(0, I): then all y_t ~ N(0, I), and
-    # a step back is as uncertain as a step forward. The truth is in between.
-    mean, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
-    if sigma == 'large':
-        variance = 1 - alpha_bar / alpha_bar_next
+    # The "small" variance is the posterior's, the "large" one is beta. The true reverse step,
+    # q(y_next|y_t), has them for two extreme sets of data. If there is a single image, it is
+    # known, and the reverse step is the posterior. If images are white noise, x_0 ~ N(0, I), then
+    # all y_t ~ N(0, I), and a step back is as uncertain as a step forward: its variance is beta.
+    mean, squared_deviation = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
+    if variance == 'large':
+        squared_deviation = 1 - alpha_bar / alpha_bar_next
     if alpha_bar_next == 1:
         return mean
-    return mean + variance**0.5 * noise
+    return mean + squared_deviation**0.5 * noise
 
 
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
@@ -362,10 +376,11 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise,
     # sigma  = eta * standard deviation of the posterior
     #
-    # For every sigma y_next has the distribution q(y_next|x_0), because the variances of eps and
-    # noise add up to 1 - alpha_bar_next (NOTES 2.5). eps is computed from y_t and x_0: where x_0
-    # was clipped, the network's own eps and x_0 no longer make y_t, and eta = 1 would not be the
-    # ancestral step.
+    # If x_0 is right, y_next has the distribution q(y_next|x_0) for every sigma, because the
+    # variances of the last two terms add up to 1 - alpha_bar_next (NOTES 2.5). So sigma is free:
+    # the loss of stage 2 knows only these distributions, and the network serves every chain that
+    # keeps them. eps is computed from y_t and x_0: where x_0 was clipped, the network's own eps and
+    # x_0 no longer make y_t, and eta = 1 would not be the ancestral step.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
     _, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
     sigma = eta * variance**0.5
@@ -386,10 +401,11 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     # y_next = sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) y_t - sqrt(alpha_bar_next) (e^-h - 1) D,
     # D      = x_0 + h / (2 h_before) (x_0 - x_0_before),   h = lambda_next - lambda
     #
-    # DDIM with eta = 0 follows an ODE. Between two times its exact solution is a multiple of y_t
-    # plus a weighted integral of x_0 over lambda. DDIM holds x_0 constant in it, that is D = x_0.
-    # D continues the line through the last two estimates to the middle of the step instead, which
-    # makes the step of second order (NOTES 2.5).
+    # With infinitely many steps DDIM (eta = 0) follows an ODE: u = y / sqrt(1 - alpha_bar) obeys
+    # du = x_0 e^lambda dlambda (NOTES 2.5). Integrated over a step, with the estimate x_0 taken as
+    # constant, this is y_next above with D = x_0, DDIM's own step. Here the estimate is taken as
+    # the line through the last two, and D is its value in the middle of the step: the error of a
+    # step is then of higher order.
     if alpha_bar_next == 1:  # lambda_next is infinite, and the limit of y_next is x_0
         return x_0
     h = half_log_snr(alpha_bar_next) - half_log_snr(alpha_bar)
@@ -403,7 +419,7 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
 
 
 SAMPLERS = ('ddpm', 'ddim', 'dpm++')
-SIGMAS = ('small', 'large')
+VARIANCES = ('small', 'large')
 SPACINGS = ('uniform', 'quadratic', 'truncated')
 
 
@@ -414,19 +430,21 @@ def time_grid(T, steps, spacing='uniform'):
     if not 1 <= steps <= T:
         raise UserError(f'{steps=}: must be from 1 to T = {T}')
 
-    # Truncated: only the last, nearly clean times, as if the noise at the start belonged there. It
-    # shows how much of the chain the draft can replace.
+    # Truncated: only the smallest times. It is an experiment on how much the draft carries: where
+    # the network expects a nearly clean image, the chain starts from pure noise, so that all
+    # structure must come from the draft.
     if spacing == 'truncated':
         return list(range(steps - 1, -1, -1))
 
     # Uniform: from T - 1, where y_t is noise, in equal strides (rounded half up) to T / steps - 1.
+    # A single quadratic step is made from T - 1, too.
     if spacing == 'uniform' or steps == 1:
         return [math.floor(i * T / steps + 0.5) - 1 for i in range(steps, 0, -1)]
 
     # Quadratic, the paper's choice for few steps: t_i = (i / (steps - 1))^2 0.8 T. It is dense near
     # 0, where fine detail is decided. (It starts at 0.8 T although y_t is not quite noise there:
     # sqrt(alpha_bar) is 0.04.) Where rounding would merge two times, the next free one is taken,
-    # but not so high that those to come would not fit below T.
+    # and at most T - steps + i, which leaves room for the remaining ones.
     times = [0]
     for i in range(1, steps):
         wanted = round((i / (steps - 1)) ** 2 * 0.8 * T)
@@ -440,12 +458,13 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     eps_theta: a function of y_t [B, C, H, W] and t [B]; x_0, eps: [B, C, H, W]; alpha_bar: the
     schedule [T]; t: [B], a time for each image. Returns a number.
     """
-    # y_t ~ q(y_t|x_0),  loss = ||eps - eps_theta(y_t, t)||^2
+    # y_t ~ q(y_t|x_0),  loss = mean of (eps - eps_theta(y_t, t))^2
     #
-    # The bound compares posterior and reverse step, for each t. If their variances are equal, that
-    # is a squared error of eps times a weight that depends on t, and largest near t = 0. DDPM sets
-    # all weights to 1: the bound gets worse and the images better, since the network spends less of
-    # its strength on noise that nobody sees.
+    # The second line of the bound in section 1 is a sum over t. For t > 1 its terms are the KL
+    # between the posterior and the reverse step. If both have the same variance, that is a squared
+    # error of eps times a weight (derived in NOTES 2.7), by far the largest at small t. DDPM sets
+    # all weights to 1: the bound gets worse and the images get better, since the network spends
+    # less of its strength on noise that nobody sees.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
 
@@ -469,18 +488,18 @@ class Diffusion(nn.Module):
         steps,
         sampler='ddpm',
         spacing='quadratic',
-        sigma='small',
+        variance='small',
         eta=0.0,
     ):
         """Run the reverse chain from y_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
 
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
         broadcasts to y_T's: [1, C, H, W] if all images share it.
-        sigma matters to the sampler 'ddpm' only, eta to 'ddim' only. Raises UserError for names
-        that are not in SAMPLERS, SPACINGS or SIGMAS.
+        variance matters to the sampler 'ddpm' only, eta to 'ddim' only. Raises UserError for names
+        that are not in SAMPLERS, SPACINGS or VARIANCES.
         """
-        if sampler not in SAMPLERS or sigma not in SIGMAS:
-            raise UserError(f'{sampler=}, {sigma=}: must be in {SAMPLERS} and {SIGMAS}')
+        if sampler not in SAMPLERS or variance not in VARIANCES:
+            raise UserError(f'{sampler=}, {variance=}: must be in {SAMPLERS} and {VARIANCES}')
         times = time_grid(self.T, steps, spacing)
         alpha_bars = [self.schedule[t] for t in times]
         alpha_bars.append(1.0)  # after the last step no noise is left
@@ -498,7 +517,7 @@ class Diffusion(nn.Module):
 
             # Take one step towards it, to the next smaller time of the grid.
             if sampler == 'ddpm':
-                y = ddpm_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), sigma)
+                y = ddpm_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), variance)
             elif sampler == 'ddim':
                 y = ddim_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), eta)
             elif sampler == 'dpm++':
@@ -560,9 +579,9 @@ class ResBlock(nn.Module):
         # First half of the branch: normalise, apply the nonlinearity, mix neighbouring pixels.
         branch = self.conv1(F.silu(self.norm1(h)))
 
-        # Tell every pixel the time (and z, if the network was built for it): one number a channel,
-        # added before the norm, or two, a scale and a shift after it. All pixels get the same, as
-        # the noise is as strong everywhere.
+        # Tell every pixel the time, and z, if the network was built for it: one number a channel,
+        # added before the norm, or two, a scale and a shift after it. All pixels are told the same,
+        # because time and z are the same for all of them.
         embedding = rearrange(self.project(F.silu(embedding)), 'b c -> b c 1 1')
         if self.scale_shift:
             scale, shift = embedding.chunk(2, dim=1)
@@ -653,11 +672,20 @@ def embedding_mlp(width, embedding_dim):
     )
 
 
+def groups_of(channels):
+    """How many groups GroupNorm has in a U-Net whose stem has so many channels."""
+    # GroupNorm subtracts from each group of channels their common mean over all pixels. The fewer
+    # channels a group has, the more of the image's mean colour is lost. The paper's networks have
+    # 32 groups, and keep them here. Our small networks were seen to drift in colour with many
+    # groups (NOTES 4), and have a single one.
+    return 32 if channels >= 128 else 1
+
+
 class UNet(nn.Module):
     """eps_theta: its input [B, in_channels, size, size], t [B] and z [B, z_dim] -> the noise.
 
-    channels: the width of the first level; multipliers: each level's width as a multiple of it,
-    e.g. (1, 2, 2, 2); blocks: how many a level has on the way down; attention: the resolutions, in
+    channels: the width of the stem; multipliers: each level's width as a multiple of it, e.g.
+    (1, 2, 2, 2); blocks: how many a level has on the way down; attention: the resolutions, in
     pixels, that attend besides the middle; z_dim: 0 if the network is not to see z; bfloat16:
     compute all but the last layers in it. Raises UserError if the numbers do not fit each other.
     """
@@ -679,19 +707,18 @@ class UNet(nn.Module):
         super().__init__()
         self.widths = [multiplier * channels for multiplier in multipliers]
         self.resolutions = [size // 2**level for level in range(len(multipliers))]
+        self.channels = channels
         self.check(size, attention, heads)
         self.image_shape = (out_channels, size, size)
-        self.channels = channels
         self.bfloat16 = bfloat16
 
-        # GroupNorm subtracts the mean of each group of channels. With few channels in a group the
-        # image's mean colour is lost with it. The paper's large networks, with 32 groups, do well
-        # all the same; small ones then drift in colour (NOTES 4), so they have a single group.
-        groups = 32 if channels >= 128 else 1
+        groups = groups_of(channels)
         embedding_dim = 4 * channels
 
         def new_block(width_in, width, attends):
-            residual = ResBlock(width_in, width, embedding_dim, groups, dropout, z_dim > 0)
+            residual = ResBlock(
+                width_in, width, embedding_dim, groups, dropout, scale_shift=z_dim > 0
+            )
             return UNetBlock(residual, Attention(width, heads, groups) if attends else None)
 
         self.time_mlp = embedding_mlp(channels, embedding_dim)
@@ -716,6 +743,10 @@ class UNet(nn.Module):
 
     def check(self, size, attention, heads):
         """Say in words which numbers do not fit."""
+        if self.channels % 2 or (self.channels >= 128 and self.channels % 32):
+            raise UserError(
+                f'channels={self.channels}: must be even; from 128 on 32 must divide it'
+            )
         halvings = len(self.widths) - 1
         if halvings < 0 or size % 2**halvings:
             raise UserError(f'{size=} cannot be halved for {len(self.widths)} multipliers')
@@ -800,8 +831,9 @@ def network_input(y_t, x_hat, form):
     """What eps_theta is shown of y_t and the draft x_hat in [-1, 1]: [B, 2C, H, W]."""
     # [x_t, x_hat] on the channel axis,  x_t = y_t (Formulation 1) or y_t + x_hat (Formulation 2)
     #
-    # This is all that tells the formulations apart. As the first convolution is linear, both can
-    # even represent the same functions: they differ in where training starts and how it proceeds.
+    # This is all that tells the formulations apart. The first convolution is linear, and
+    # W_1 (y_t + x_hat) + W_2 x_hat = W_1 y_t + (W_1 + W_2) x_hat: so both can represent the same
+    # functions, and differ in where training starts and how it proceeds.
     if form == '1':
         x_t = y_t
     elif form == '2':
@@ -861,8 +893,8 @@ class DiffuseVAE(nn.Module):
         """All that a training step on n images draws, by the names of `forward`'s arguments."""
         # DDPM draws the times independently. Here the i-th image of the batch gets one from the
         # i-th of n equal parts of [0, T). As images are in random order, each still gets all times
-        # equally often; but batches are more alike, since none has many of the small times, where
-        # the loss is largest (NOTES 3). The clamp only guards against rounding up to T.
+        # equally often. The gain is that the loss is less noisy: at small times it is largest, and
+        # now every batch has equally many of them. The clamp only guards against rounding up to T.
         T = self.diffusion.T
         t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
         return {
@@ -904,10 +936,12 @@ class DiffuseVAE(nn.Module):
     def generate(self, z, y_T, draw_noise, draft=None, guidance=0.0, **chain):
         """Sampling: the draft of a code z, and the draft refined, both [B, C, H, W] in [0, 1].
 
-        z: [B, z_dim], from the prior N(0, I) for new images; y_T: [B, C, H, W], noise ~ N(0, I);
-        draft: instead of the decoder's; guidance: the weight w >= 0, for models with cond_drop.
+        z: [B, z_dim], from the prior N(0, I) for new images;
+        y_T: [B, C, H, W], noise ~ N(0, I) (in Formulation 2 as well, where x_T is y_T + x_hat);
+        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's;
+        guidance: the weight w >= 0, for models with cond_drop.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
-        The baseline has no draft: it returns None for it.
+        The baseline returns None for the draft.
         """
         # Stage 1 drafts.
         x_hat = None
@@ -1085,7 +1119,7 @@ def in_memory_if_small(files):
     return Images(files.read_all(range(len(files))), files.labels)
 
 
-def load_shapes(root, size, train):
+def load_shapes(data, root, size, train):
     """20,000 shapes to train on, 2,000 held out."""
     n = 20_000 if train else 2_000
     pixels, factors = draw_shapes(n, make_generator('shapes', train), size)
@@ -1101,31 +1135,26 @@ def load_torchvision(dataset, root, **split):
         raise UserError(f'--data: not in {root}/{folder}; no download: {error}') from error
 
 
-def load_grey(dataset, label, root, train):
-    """Grey images of 28x28, with two black pixels added on each side: [N, 1, 32, 32]."""
-    found = load_torchvision(dataset, root, train=train)
-    pixels = F.pad(found.data[:, None], (2, 2, 2, 2))
+def load_grey(data, root, size, train):
+    """Digits or clothes: 60,000 to train on, 10,000 held out, 28x28 with a border of 2 pixels."""
+    if data == 'mnist':
+        found = load_torchvision(datasets.MNIST, root, train=train)
+        label = 'digit'
+    else:
+        found = load_torchvision(datasets.FashionMNIST, root, train=train)
+        label = 'class'
+    pixels = F.pad(found.data[:, None], (2, 2, 2, 2))  # [N, 1, 32, 32]
     return Images(pixels, {label: torch.as_tensor(found.targets)})
 
 
-def load_mnist(root, size, train):
-    """60,000 digits to train on, 10,000 held out."""
-    return load_grey(datasets.MNIST, 'digit', root, train)
-
-
-def load_fashion(root, size, train):
-    """60,000 pieces of clothing to train on, 10,000 held out."""
-    return load_grey(datasets.FashionMNIST, 'class', root, train)
-
-
-def load_cifar10(root, size, train):
+def load_cifar10(data, root, size, train):
     """50,000 photographs of ten classes to train on, 10,000 held out."""
     found = load_torchvision(datasets.CIFAR10, root, train=train)
     pixels = rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x')
     return Images(pixels, {'class': torch.as_tensor(found.targets)})
 
 
-def load_celeba(root, size, train):
+def load_celeba(data, root, size, train):
     """162,770 faces to train on, 19,962 held out, with 40 attributes such as Smiling.
 
     As the authors do, the 178x218 pixels are squeezed to a square without a crop. To download the
@@ -1140,29 +1169,29 @@ def load_celeba(root, size, train):
 PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
 
 
-def load_folder(folder, size, train):
-    """All pictures below a folder. Held out are the 5% of names with the lowest hash."""
+def load_folder(data, root, size, train):
+    """All pictures below the folder `data`. Held out are the 5% of names with the lowest hash."""
 
     # By a hash of the name, not by chance: the held-out pictures of a folder of hundreds stay held
     # out when files are added. (In a small one the lowest hash is, which a new file may have.)
     def name_hash(path):
-        return hashlib.sha256(path.relative_to(folder).as_posix().encode()).digest()
+        return hashlib.sha256(path.relative_to(data).as_posix().encode()).digest()
 
-    paths = [path for path in Path(folder).rglob('*') if path.suffix.lower() in PICTURES]
+    paths = [path for path in Path(data).rglob('*') if path.suffix.lower() in PICTURES]
     paths = sorted(paths, key=name_hash)
     held_out = max(1, sum(name_hash(path)[0] < 0.05 * 256 for path in paths))
     if len(paths) <= held_out:
         names = ', '.join(DATA_SETS)
-        raise UserError(f'--data {folder}: neither one of {names}, nor a folder of images')
+        raise UserError(f'--data {data}: neither one of {names}, nor a folder of images')
     paths = paths[held_out:] if train else paths[:held_out]
     return in_memory_if_small(ImageFiles(paths, {}, size))
 
 
 @dataclass
 class DataSet:
-    """What the program must know of a named set."""
+    """What the program must know of a set of images."""
 
-    load: Callable  # (root, size, train) -> Images or ImageFiles
+    load: Callable  # (data, root, size, train) -> Images or ImageFiles
     size: int = 32  # height and width, unless --size says otherwise
     sizes: range = range(32, 33)  # what --size may say
     channels: int = 3
@@ -1170,22 +1199,19 @@ class DataSet:
     mirror: bool = True  # whether an image may be mirrored: digits and clothes may not
 
 
+FOLDER = DataSet(load_folder, sizes=range(1, 4097))
 DATA_SETS = {
     'shapes': DataSet(load_shapes, sizes=range(16, 65)),
-    'mnist': DataSet(load_mnist, channels=1, padding=2, mirror=False),
-    'fashion': DataSet(load_fashion, channels=1, padding=2, mirror=False),
+    'mnist': DataSet(load_grey, channels=1, padding=2, mirror=False),
+    'fashion': DataSet(load_grey, channels=1, padding=2, mirror=False),
     'cifar10': DataSet(load_cifar10),
     'celeba': DataSet(load_celeba, size=64, sizes=range(16, 4097)),
 }
 
 
 def data_set(data):
-    """The facts of a named set, or those of a folder."""
-
-    def load(root, size, train):
-        return load_folder(data, size, train)
-
-    return DATA_SETS.get(data, DataSet(load, sizes=range(1, 4097)))
+    """The `DataSet` of a name, else that of folders."""
+    return DATA_SETS.get(data, FOLDER)
 
 
 def load_images(data, root, size, train):
@@ -1193,7 +1219,7 @@ def load_images(data, root, size, train):
     sizes = data_set(data).sizes
     if size not in sizes:
         raise UserError(f'--size {size}: --data {data} has from {sizes[0]} to {sizes[-1]}')
-    return data_set(data).load(root, size, train)
+    return data_set(data).load(data, root, size, train)
 
 
 def to_uint8(images, data):
@@ -1424,33 +1450,49 @@ def resolve(typed, before, path):
     stage = typed.stage
     given = {name: value for name, value in asdict(typed).items() if value is not None}
 
-    # A run that goes on keeps its settings, and stage 2 keeps those of the VAE.
+    # A run that goes on keeps its settings; stage 2 takes over those of the VAE.
     kept = before
     if before.get('stage') != stage:
         kept = {name: before[name] for name in INHERITED if name in before}
 
     # From weak to strong: the preset, the checkpoint, the command line.
     preset = given.get('preset') or kept.get('preset') or 'small'
-    fresh = {'stage': stage, 'preset': preset, 'out': None, 'device': None}
-    fresh |= PRESETS[preset]['both'] | PRESETS[preset][stage]
-    settings = fresh | kept | given
-    settings.setdefault('size', data_set(settings['data']).size)
-    z_dim = settings['size'] ** 2 // 64 if preset == 'small' else PAPER_VAES[preset][2][1]
-    settings.setdefault('z_dim', z_dim)
+    defaults = {'stage': stage, 'preset': preset, 'out': None, 'device': None}
+    defaults |= PRESETS[preset]['both'] | PRESETS[preset][stage]
+    settings = defaults | kept | given
 
-    for setting in fields(TrainingOptions):
-        name = setting.name
-        if name not in given:
-            continue
-        if name not in fresh and name not in INHERITED:
-            raise UserError(f'{flag(name)}: is a setting of stage {3 - stage}, not of {stage}')
-        if name in kept and not setting.metadata['free'] and given[name] != kept[name]:
-            raise UserError(f'{flag(name)} {given[name]}: {path} has {kept[name]}')
+    # Two settings follow from others where nobody says them.
+    if 'size' not in settings:
+        settings['size'] = data_set(settings['data']).size
+    if 'z_dim' not in settings and preset == 'small':
+        settings['z_dim'] = settings['size'] ** 2 // 64
+    elif 'z_dim' not in settings:
+        _, _, widths = PAPER_VAES[preset]
+        settings['z_dim'] = widths[1]
+
+    refuse_contradictions(given, kept, path)
+    refuse_what_is_ignored(given, defaults, settings)
+    return TrainingOptions(**settings)
+
+
+def refuse_contradictions(given, kept, path):
+    """A UserError if an option contradicts what the checkpoint at `path` has and may not change."""
+    free = [setting.name for setting in fields(TrainingOptions) if setting.metadata['free']]
+    for name, value in given.items():
+        if name in kept and name not in free and value != kept[name]:
+            raise UserError(f'{flag(name)} {value}: {path} has {kept[name]}')
+
+
+def refuse_what_is_ignored(given, defaults, settings):
+    """A UserError if an option belongs to the other stage, to another form or another data set."""
+    for name in given:
+        if name not in defaults and name not in INHERITED:
+            other = 3 - settings['stage']
+            raise UserError(f'{flag(name)}: is a setting of stage {other} only')
     if settings.get('form') == 'uncond' and (settings['z_cond'] or settings['cond_drop']):
         raise UserError('--z-cond, --cond-drop: --form uncond has no draft and no z')
     if settings['signal'] == 'grey' and data_set(settings['data']).channels == 1:
         raise UserError(f'--signal grey: the images of --data {settings["data"]} are grey already')
-    return TrainingOptions(**settings)
 
 
 # Commands that draw chains of one kind, and commands that draw z from the prior.
@@ -1468,7 +1510,7 @@ class SamplingOptions:
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
     sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
     spacing: str = option('of the times', 'quadratic', choices=SPACINGS, commands=CHAINS)
-    sigma: str = option('variance of a ddpm step', 'small', choices=SIGMAS)
+    variance: str = option('variance of a ddpm step', 'small', choices=VARIANCES)
     eta: float = option('noise of a ddim step; 1: as ddpm', 0.0, low=0, high=1)
     temperature: float = option('scale of the starting noise y_T', 1.0, low=0, high=1000)
     guidance: float = option('its weight, for models with --cond-drop', 0.0, low=0, high=100)
@@ -1938,7 +1980,7 @@ def paint(model, options, z, draw_noise, draft=None):
         steps=options.steps,
         sampler=options.sampler,
         spacing=options.spacing,
-        sigma=options.sigma,
+        variance=options.variance,
         eta=options.eta,
     )
     images = {} if draft is None else {'draft': draft.cpu()}
@@ -2298,7 +2340,23 @@ def decoder_nats(x_0, mean, std):
     return -sum_of_pixels(high + torch.log1p(-(low - high).exp()))
 
 
-def bound(model, x, generator, sigma='small', strata=20):
+def chain_nats(x_0, predicted_x0, alpha_bar, generator, variance, strata):
+    """The sum of L_t in `bound`: [B]. In each part of it one random t stands for all."""
+    total = 0
+    for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
+        t = part[(len(part) * torch.rand(len(x_0), generator=generator)).long()]
+
+        # The means are linear in x_0: their difference is the mean that the error of x_0 has.
+        error = x_0 - predicted_x0(t)
+        difference, theirs = q_posterior(error, 0, alpha_bar[t], alpha_bar[t - 1])
+        ours = theirs if variance == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
+        posterior = Normal(difference, theirs**0.5)
+        L_t = torch.distributions.kl_divergence(posterior, Normal(0.0, ours**0.5))
+        total = total + len(part) * sum_of_pixels(L_t)
+    return total
+
+
+def bound(model, x, generator, variance='small', strata=20):
     """An upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
 
     strata: one random t is drawn from each of so many parts of 1 ... T - 1 for the sum.
@@ -2332,23 +2390,12 @@ def bound(model, x, generator, sigma='small', strata=20):
     start = Normal(alpha_bar[-1] ** 0.5 * x_0, (1 - alpha_bar[-1]) ** 0.5)
     terms['L_T'] = sum_of_pixels(torch.distributions.kl_divergence(start, Normal(0.0, 1.0)))
 
-    # The chain: one t from each part of the sum stands for all of the part.
-    terms['chain'] = 0
-    for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
-        t = part[(len(part) * torch.rand(len(x), generator=generator)).long()]
-        # The means are linear in x_0: their difference is the mean that the error of x_0 has.
-        error = x_0 - predicted_x0(t)
-        difference, variance = q_posterior(error, 0, alpha_bar[t], alpha_bar[t - 1])
-        ours = variance if sigma == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
-        L_t = torch.distributions.kl_divergence(
-            Normal(difference, variance**0.5), Normal(0.0, ours**0.5)
-        )
-        terms['chain'] = terms['chain'] + len(part) * sum_of_pixels(L_t)
+    terms['chain'] = chain_nats(x_0, predicted_x0, alpha_bar, generator, variance, strata)
 
     # The last step, as the decoder of grey levels.
     mean = predicted_x0(torch.zeros(len(x), dtype=torch.long))
-    _, variance = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])
-    terms['decoder'] = decoder_nats(x_0, mean, variance**0.5)
+    _, theirs = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])
+    terms['decoder'] = decoder_nats(x_0, mean, theirs**0.5)
     return terms
 
 
@@ -2437,9 +2484,9 @@ def evaluate_bits(runs, real, options):
     for trained in runs:
         # The padding of grey sets is not a part of the images.
         dimensions = to_uint8(real[:1], trained.options.data).numel()
-        for sigma in SIGMAS:
+        for variance in VARIANCES:
             generator = make_generator(options.seed, 'bits')
-            parts = [bound(trained.model, x, generator, sigma) for x in real.split(CHUNK)]
+            parts = [bound(trained.model, x, generator, variance) for x in real.split(CHUNK)]
             bits = {}
             for name in parts[0]:
                 nats = torch.cat([part[name] for part in parts])
@@ -2447,7 +2494,7 @@ def evaluate_bits(runs, real, options):
             total = sum(bits.values())
             error = total.std() / len(total) ** 0.5
             terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
-            name = f'{name_of(trained.options.form):7} {sigma:5}'
+            name = f'{name_of(trained.options.form):7} {variance:5}'
             print(
                 f'{name}: at most {total.mean():.3f} +- {error:.3f} bits/dim: {terms}', flush=True
             )

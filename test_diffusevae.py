@@ -55,6 +55,7 @@ import pickle
 import re
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -168,10 +169,10 @@ class Own:
         return mean / (1 - alpha_bar), variance / (1 - alpha_bar)
 
     @staticmethod
-    def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, sigma='small'):
-        mean, variance = Own.q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
+    def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, variance='small'):
+        mean, tilde_beta = Own.q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
         beta = 1 - alpha_bar / alpha_bar_next
-        std = (beta if sigma == 'large' else variance) ** 0.5
+        std = (beta if variance == 'large' else tilde_beta) ** 0.5
         return mean + (alpha_bar_next < 1) * std * noise
 
     @staticmethod
@@ -659,8 +660,8 @@ class TestQPosterior:
 @exercise('ddpm_step', points=2)
 class TestDDPMStep:
     def test_small(self):
-        """With "small" sigma, the default: the posterior's mean plus its standard deviation times
-        the noise."""
+        """With the "small" variance, the default: the posterior's mean plus its standard deviation
+        times the noise."""
         y_t, x_0, noise = randn(3, 50)
         for t, t_next in ((999, 998), (999, 300), (40, 3)):
             alpha_bar, alpha_bar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
@@ -670,7 +671,7 @@ class TestDDPMStep:
                 assert torch.allclose(step, mean + variance**0.5 * noise)
 
     def test_large(self):
-        """With "large" sigma: the same mean, and beta of the two grid points."""
+        """With the "large" variance: the same mean, and beta of the two grid points."""
         y_t, x_0, noise = randn(3, 50)
         for t, t_next in ((999, 998), (999, 300), (40, 3)):
             alpha_bar, alpha_bar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
@@ -683,8 +684,8 @@ class TestDDPMStep:
     def test_last_step(self):
         """The last step (alpha_bar_next = 1) adds no noise: it returns x_0."""
         y_t, x_0, noise = randn(3, 50)
-        for sigma in ('large', 'small'):
-            step = dv.ddpm_step(y_t, x_0, ALPHA_BAR[30].item(), 1.0, 1e3 * noise, sigma)
+        for variance in ('large', 'small'):
+            step = dv.ddpm_step(y_t, x_0, ALPHA_BAR[30].item(), 1.0, 1e3 * noise, variance)
             assert torch.allclose(step, x_0)
 
 
@@ -700,7 +701,7 @@ class TestDDIMStep:
             assert torch.allclose(step, Own.q_sample(x_0, alpha_bar_next, eps))
 
     def test_eta_1(self):
-        """For eta = 1: the ancestral step with "small" sigma, on every grid."""
+        """For eta = 1: the ancestral step with the "small" variance, on every grid."""
         y_t, x_0, noise = randn(3, 50)
         for t, t_next in ((999, 998), (999, 300), (40, 3), (1, 0)):
             alpha_bar, alpha_bar_next = ALPHA_BAR[t].item(), ALPHA_BAR[t_next].item()
@@ -1081,8 +1082,8 @@ WRONG = {
     ],
     'ddpm_step': [
         (' ** 0.5\n', '\n'),
-        ("sigma == 'large'", "sigma == 'small'"),
-        ("sigma='small'", "sigma='large'"),
+        ("variance == 'large'", "variance == 'small'"),
+        ("variance='small'", "variance='large'"),
         ('(alpha_bar_next < 1) *', ''),
         ('beta = 1 - alpha_bar / alpha_bar_next', 'beta = 1 - alpha_bar'),
         ('return mean', 'return x_0'),
@@ -1728,7 +1729,7 @@ def test_formulation_2_sampled_in_x_agrees_with_ours_in_y():
             x = c_0 * x_0 + c_t * x + (1 - c_t) * x_hat + std * noise
 
     rest = iter(noises)
-    how = dict(steps=20, sampler='ddpm', spacing='uniform', sigma='small')
+    how = dict(steps=20, sampler='ddpm', spacing='uniform', variance='small')
     draft, refined = model.generate(z, start, lambda: next(rest), **how)
     assert torch.allclose(draft, (x_hat + 1) / 2)
     assert torch.allclose(refined, (x + 1) / 2, atol=1e-5)
@@ -1741,8 +1742,8 @@ def test_dpmpp_ends_at_x_0():
 
 
 SAMPLERS = [
-    dict(sampler='ddpm', sigma='small'),
-    dict(sampler='ddpm', sigma='large'),
+    dict(sampler='ddpm', variance='small'),
+    dict(sampler='ddpm', variance='large'),
     dict(sampler='ddim'),
     dict(sampler='ddim', eta=1.0),
     dict(sampler='dpm++'),
@@ -1798,7 +1799,7 @@ def test_samplers_reproduce_a_known_gaussian(how, steps, spacing, tolerance):
 
     assert len(times) == steps == len(set(times)) and times == sorted(times, reverse=True)
     assert abs(x.mean() - mean) < 0.01
-    if how.get('sigma') == 'large' and steps < 1000:
+    if how.get('variance') == 'large' and steps < 1000:
         assert x.std() > 0.9 * std  # too much noise a step on a coarse grid: known, not an error
     else:
         assert abs(x.std() / std - 1) < tolerance + 0.02
@@ -1863,10 +1864,10 @@ def test_truncated_chain_takes_the_last_times_only():
 
 
 def test_unknown_names_are_refused_by_the_classes():
-    """Another sampler, sigma, spacing, form or signal is an error that names it, not a default."""
+    """Another sampler, variance, spacing, form or signal is an error that names it."""
     diffusion = dv.Diffusion(T)
     y_T = randn(1, 1, 2, 2)
-    for name in ('sampler', 'sigma', 'spacing'):
+    for name in ('sampler', 'variance', 'spacing'):
         with pytest.raises(dv.UserError, match=f"{name}='magic'"):
             diffusion.sample(lambda y_t, t: y_t, y_T, lambda: 0, steps=2, **{name: 'magic'})
     with pytest.raises(dv.UserError, match='steps=1001'):
@@ -2790,8 +2791,8 @@ class Denoiser:
         return (y_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
 
 
-@pytest.mark.parametrize('sigma', ['small', 'large'])
-def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(sigma):
+@pytest.mark.parametrize('variance', ['small', 'large'])
+def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(variance):
     """x_0 = 0.98 whatever y_t: no term depends on the noise, and each is a sum by hand."""
     x = torch.tensor([0, 240, 250, 253, 255]).view(5, 1, 1, 1) / 255
     x_0 = 2 * x.double() - 1
@@ -2801,7 +2802,7 @@ def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(sigma):
         asked.append(alpha_bar[0].item())
         return torch.full_like(y_t, 0.98)
 
-    terms = dv.bound(Denoiser(guess), x, dv.make_generator(0), sigma, strata=T - 1)
+    terms = dv.bound(Denoiser(guess), x, dv.make_generator(0), variance, strata=T - 1)
     assert asked == [*ALPHA_BAR[1:].tolist(), ALPHA_BAR[0].item()]  # each t once, then the decoder
 
     # The start: y_T against the noise from which a chain starts.
@@ -2815,9 +2816,9 @@ def test_bound_term_by_term_for_a_denoiser_that_always_says_the_same(sigma):
         beta = 1 - alpha_bar / alpha_bar_next
         posterior_variance = beta * (1 - alpha_bar_next) / (1 - alpha_bar)
         c_0 = alpha_bar_next.sqrt() * beta / (1 - alpha_bar)
-        variance = posterior_variance if sigma == 'small' else beta
+        ours = posterior_variance if variance == 'small' else beta
         q = Normal(c_0 * x_0, posterior_variance.sqrt())
-        p = Normal(c_0 * 0.98, variance.sqrt())
+        p = Normal(c_0 * 0.98, ours.sqrt())
         chain += kl_divergence(q, p)
     assert torch.allclose(terms['chain'], chain.flatten(), rtol=1e-5)
 
@@ -2845,9 +2846,9 @@ class TwoMeans:
         return (0.5 + 0.1 * z.sign()[:, :, None, None]).expand(-1, 1, 4, 4)
 
 
-@pytest.mark.parametrize('sigma', ['small', 'large'])
+@pytest.mark.parametrize('variance', ['small', 'large'])
 @pytest.mark.parametrize('with_draft', [False, True])
-def test_bound_is_just_above_the_exact_value(sigma, with_draft):
+def test_bound_is_just_above_the_exact_value(variance, with_draft):
     """Pixels N(m, 0.1^2) in 256 levels, the exact E[x_0|y_t] as denoiser: at most 0.05 bits/dim
     above -log2 p(x_0|x_hat), never below. The steps are small enough for either variance."""
     n = 32
@@ -2876,7 +2877,7 @@ def test_bound_is_just_above_the_exact_value(sigma, with_draft):
     model = Denoiser(x_0, 1 - noised, TwoMeans() if with_draft else None)
 
     def measure(strata):
-        return dv.bound(model, level.float() / 255, dv.make_generator(1), sigma, strata)
+        return dv.bound(model, level.float() / 255, dv.make_generator(1), variance, strata)
 
     def bits(nats):
         return nats.mean().item() / (16 * math.log(2))
@@ -3477,13 +3478,25 @@ def test_commands_as_processes(tmp_path, monkeypatch):
     assert run(*stage1) == 0 and run(*stage1, '--out', 'whole') == 0
     assert contents(path) == contents(Path('whole/stage1.pt'))
 
-    # Stage 2 by two processes. They run alone: side by side they take four times as long.
+    # Stage 2 by two processes, in an environment like torchrun's. They run alone: side by side with
+    # others they take four times as long.
     stage2 = ['train', '--stage', 2, '--steps', 6, *SMALL, '--clip', 0.5, '--ema', 0.9, '--flip']
     stage2 += ['--data', 'data']  # and the default --out for it
-    torchrun = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2]
-    two = start(*torchrun, dv.__file__, *stage2, threads='1')
-    out, error = two.communicate(timeout=60)
-    assert two.returncode == 0 and out.count('min left') == 1, error
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv('MASTER_ADDR', '127.0.0.1')
+    monkeypatch.setenv('MASTER_PORT', str(port))
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    both = []
+    for rank in ('0', '1'):
+        monkeypatch.setenv('RANK', rank)
+        both.append(start(dv.__file__, *stage2, threads='1'))
+    output = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
+    assert output[0][0].count('min left') == 1 and output[1][0] == ''  # the first one reports
+    monkeypatch.delenv('WORLD_SIZE')
+    monkeypatch.delenv('RANK')
 
     # `sample`, while this process does the same as the two: equal but for rounding.
     sample = start(dv.__file__, 'sample', '--steps', 2, '--num', 4, '--out', 'runs/data')
