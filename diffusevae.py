@@ -1391,21 +1391,23 @@ class TrainingOptions:
     data: str = option('shapes, mnist, fashion, cifar10, celeba (needs gdown), or a folder')
     root: str = option('folder where the files of a named set are, or go', free=True)
     out: str = option('folder of the run (default runs/<data>)', free=True)
-    size: int = option('height and width of the images (celeba: 64)', low=16, high=4096)
-    flip: bool = option('mirror training images at random (never mnist, fashion)')
-    z_dim: int = option('numbers in the code z (small: size^2 / 64)', low=1, high=65536)
+    size: int = option('height and width of the images (default 32; celeba 64)', low=16, high=4096)
+    flip: bool = option('mirror images at random (default in stage 2; never mnist, fashion)')
+    z_dim: int = option('numbers in the code z (default size^2 / 64)', low=1, high=65536)
     alpha: float = option('VAE: weight of the KL', low=0, high=1e9)
     signal: str = option('what the VAE models of an image', choices=SIGNALS)
     timesteps: int = option('T; below 500 y_T is not yet noise', low=100, high=10_000)
-    channels: int = option('U-Net: channels of its first level', low=4, high=65536)
-    multipliers: tuple = option('U-Net: of the channels, for each level')
+    channels: int = option('U-Net: channels of its stem', low=4, high=65536)
+    multipliers: tuple = option('U-Net: multiplier of the channels, for each level')
     blocks: int = option('U-Net: residual blocks a level', low=1, high=100)
-    attention: tuple = option('U-Net: resolutions that attend besides the middle, e.g. 16,8')
+    attention: tuple = option(
+        'U-Net: resolutions that attend, e.g. 16,8 (default: the middle only)'
+    )
     heads: int = option('U-Net: heads of its attention', low=1, high=65536)
     dropout: float = option('U-Net: dropout in its blocks', low=0, high=0.99)
     z_cond: bool = option('U-Net: show it z besides the draft')
     cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
-    precision: str = option('of the U-Net; default: the fast one', choices=('float32', 'bfloat16'))
+    precision: str = option('of the U-Net (default: the fast one)', choices=('float32', 'bfloat16'))
     steps: int = option('training steps; a larger number extends a run', low=1, free=True)
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     lr: float = option("Adam's learning rate", low=0, high=1)
@@ -1506,7 +1508,7 @@ class SamplingOptions:
 
     out: str = option('folder of the run', 'runs/shapes')
     form: str = option('which model (default: the first there is)', choices=FORMS)
-    num: int = option('images: 64; evaluate 500, its bound 200; pictures 8, edit 9', low=1)
+    num: int = option('images (default 64; evaluate 500, its bound 200; pictures 8, edit 9)', low=1)
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
     sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
     spacing: str = option('of the times', 'quadratic', choices=SPACINGS, commands=CHAINS)
@@ -2518,17 +2520,25 @@ def whole_numbers(text):
     return tuple(int(number) for number in text.split(',') if number)
 
 
-def default_text(setting):
-    """What an option is if it is not given, in words for the help."""
-    if setting.default is not None and setting.type is not bool:
-        return f' (default {setting.default})'
-    small = PRESETS['small']
-    values = [(small['both'] | small[stage]).get(setting.name) for stage in (1, 2)]
-    if values[1] in (None, ()) or setting.type is bool:
+def default_text(setting, options_class):
+    """The default of an option in words, for its help."""
+    defaults = [setting.default]
+    if options_class is TrainingOptions:
+        small = PRESETS['small']
+        defaults = [(small['both'] | small[stage]).get(setting.name) for stage in (1, 2)]
+    defaults = [
+        as_typed(value) for value in defaults if value not in (None, ()) and value is not False
+    ]
+    if not defaults or setting.type is bool:
         return ''
-    if values[0] in (None, values[1]):
-        return f' (default {values[1]})'
-    return f' (default {values[0]} in stage 1, {values[1]} in stage 2)'
+    if defaults[0] == defaults[-1]:
+        return f' (default {defaults[0]})'
+    return f' (default {defaults[0]} in stage 1, {defaults[1]} in stage 2)'
+
+
+def as_typed(value):
+    """An option's value as one would type it: (1, 2) is 1,2."""
+    return ','.join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def add_options(parser, command, options_class):
@@ -2540,7 +2550,8 @@ def add_options(parser, command, options_class):
         names = [flag(setting.name)]
         if setting.name == 'out':
             names.append('-o')
-        how = {'help': facts['meaning'] + default_text(setting), 'default': argparse.SUPPRESS}
+        text = facts['meaning'] + default_text(setting, options_class)
+        how = {'help': text, 'default': argparse.SUPPRESS}
         if setting.type is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **how)
         else:
