@@ -54,7 +54,7 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 class UserError(Exception):
     """An error that the user can fix, in an argument, a file or a folder: `main` prints one line.
 
-    Every other exception is a bug and keeps its traceback.
+    An error of any other kind is a bug and keeps its traceback, unless the disk or memory is full.
     """
 
 
@@ -90,10 +90,13 @@ class UserError(Exception):
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# The paper writes q(z|y, x_0), but y is a function of x_0; and it conditions the second line on y
-# and z, of which the diffusion model sees the draft (and z, if it is built to). Stage 1 trains the
-# VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model on the second line,
-# which is a sum over t, but with other weights (`ddpm_loss`).
+# Two remarks beside the paper. It writes q(z|y, x_0); but y is a function of x_0. And its second
+# line is conditioned on y and z: the diffusion model is built to see them only through the draft
+# x_hat(z) (and z, if asked to). Where y is the image itself, it would give the answer away. The
+# bound counts y as data; NOTES 2.7 has one for x_0 alone.
+#
+# Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
+# on the second line, with other weights for its terms (`ddpm_loss`).
 
 
 def reparameterize(mu, logvar, eps):
@@ -279,7 +282,7 @@ class VAE(nn.Module):
         return negative_elbo(self.signal(x), x_hat, mu, logvar, self.alpha)
 
 
-# ==== 2. FORWARD AND REVERSE DIFFUSION, one code for both formulations and the baseline ===========
+# ==== 2. FORWARD AND REVERSE DIFFUSION, written once for both formulations and the baseline =======
 #
 # The forward process adds a little noise in each of T steps. In Formulation 1 it ignores the draft:
 #
@@ -294,16 +297,16 @@ class VAE(nn.Module):
 #
 # Now subtract the draft: let y_t := x_t - x_hat for t >= 1. But y_0 := x_0, not x_0 - x_hat, which
 # is why the first step above has a rule of its own. Then y_t follows Formulation 1's process
-# exactly, so one code in y serves both (NOTES 2.6). A chain in y ends in the image itself: nothing
-# has to be added back. For Formulation 1 and for the baseline without drafts let y_t := x_t. The
-# formulations differ in one line of section 4.
+# exactly, so functions of y_t serve both (NOTES 2.6). A chain in y ends in the image itself, and
+# nothing has to be added back. For Formulation 1 and for the baseline without drafts let y_t :=
+# x_t. The formulations differ in one line of section 4.
 #
 # The reverse chain asks the network for the noise in y_t, removes all of it, which leaves an
 # estimate of the clean image, and goes some way towards this estimate. The steps below call the
 # estimate x_0. A chain of few steps skips times. So each formula uses alpha_bar at the current time
-# and alpha_bar_next at the chain's next, smaller time (1 after the last step). In `q_sample`,
-# `predict_x0` and `q_posterior` they are numbers or, where each image has a time of its own,
-# [B, 1, 1, 1].
+# and alpha_bar_next at the chain's next, smaller time. The last step goes to the image: there
+# alpha_bar_next is 1. In `q_sample`, `predict_x0` and `q_posterior` they are numbers or, where each
+# image has a time of its own, [B, 1, 1, 1].
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
@@ -328,7 +331,7 @@ def predict_x0(y_t, alpha_bar, eps):
     """The clean image that is left of y_t without its noise eps: `q_sample` solved for x_0."""
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
     #
-    # Errors of eps are multiplied by sqrt(1 - alpha_bar) / sqrt(alpha_bar), which is 157 at t = T.
+    # Errors of eps are multiplied by sqrt(1 - alpha_bar) / sqrt(alpha_bar): by 157 at t = T = 1000.
     # For this reason samplers clip x_0, and the network's last layer computes in float32.
     return (y_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 
@@ -377,10 +380,11 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     # sigma  = eta * standard deviation of the posterior
     #
     # If x_0 is right, y_next has the distribution q(y_next|x_0) for every sigma, because the
-    # variances of the last two terms add up to 1 - alpha_bar_next (NOTES 2.5). So sigma is free:
-    # the loss of stage 2 knows only these distributions, and the network serves every chain that
-    # keeps them. eps is computed from y_t and x_0: where x_0 was clipped, the network's own eps and
-    # x_0 no longer make y_t, and eta = 1 would not be the ancestral step.
+    # variances of the last two terms add up to 1 - alpha_bar_next (NOTES 2.5). One network serves
+    # all of these chains: its loss (`ddpm_loss`) draws y_t at one time only, never at two times of
+    # one chain, so it does not depend on how they are coupled. eps is computed from y_t and x_0:
+    # where x_0 was clipped, the network's own eps and x_0 no longer make y_t, and eta = 1 would not
+    # be the ancestral step.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
     _, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
     sigma = eta * variance**0.5
@@ -401,11 +405,11 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     # y_next = sqrt((1 - alpha_bar_next) / (1 - alpha_bar)) y_t - sqrt(alpha_bar_next) (e^-h - 1) D,
     # D      = x_0 + h / (2 h_before) (x_0 - x_0_before),   h = lambda_next - lambda
     #
-    # With infinitely many steps DDIM (eta = 0) follows an ODE: u = y / sqrt(1 - alpha_bar) obeys
-    # du = x_0 e^lambda dlambda (NOTES 2.5). Integrated over a step, with the estimate x_0 taken as
-    # constant, this is y_next above with D = x_0, DDIM's own step. Here the estimate is taken as
-    # the line through the last two, and D is its value in the middle of the step: the error of a
-    # step is then of higher order.
+    # For u = y / sqrt(1 - alpha_bar) a step of DDIM (eta = 0) is u_next = u + (e^lambda_next -
+    # e^lambda) x_0. With infinitely many steps that is an ODE, du = e^lambda x_0(lambda) dlambda,
+    # and a step needs the integral of its right side (NOTES 2.5). DDIM takes x_0(lambda) to be
+    # constant: D = x_0. Here it is taken to be the line through the last two estimates, and the
+    # line is replaced by its value D in the middle of the step: the error is of third order in h.
     if alpha_bar_next == 1:  # lambda_next is infinite, and the limit of y_next is x_0
         return x_0
     h = half_log_snr(alpha_bar_next) - half_log_snr(alpha_bar)
@@ -460,11 +464,14 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """
     # y_t ~ q(y_t|x_0),  loss = mean of (eps - eps_theta(y_t, t))^2
     #
-    # The second line of the bound in section 1 is a sum over t. For t > 1 its terms are the KL
-    # between the posterior and the reverse step. If both have the same variance, that is a squared
-    # error of eps times a weight (derived in NOTES 2.7), by far the largest at small t. DDPM sets
-    # all weights to 1: the bound gets worse and the images get better, since the network spends
-    # less of its strength on noise that nobody sees.
+    # Both chains in the second line of the bound (section 1) are products over t. The model's is
+    # p(y_T) prod_t p(y_t-1|y_t, x_hat), each factor the Gaussian of `ddpm_step`. The forward one is
+    # prod_t q(y_t|y_t-1), and by Bayes' rule q(y_t|y_t-1) = q(y_t-1|y_t, x_0) q(y_t|x_0) /
+    # q(y_t-1|x_0), where the fractions cancel in the product. So the line is a sum: for each t > 1
+    # there is -KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t, x_hat) ), beside a term for t = 1 and one for
+    # y_T (NOTES 2.7). If both Gaussians have the same variance, the KL is a squared error of eps
+    # times a weight, by far the largest at small t. DDPM sets all weights to 1: the bound gets
+    # worse and the images get better, as less is spent on noise that nobody sees.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
 
@@ -590,7 +597,7 @@ class ResBlock(nn.Module):
             branch = self.norm2(branch + embedding)
 
         # Second half. `conv2` starts at zero: an untrained block passes its input through (but for
-        # a change of width), so that even a deep stack of blocks trains from the first step.
+        # a change of width), so that in a deep stack of them no signal and no gradient explodes.
         branch = self.conv2(self.dropout(F.silu(branch)))
         return self.skip(h) + branch
 
@@ -714,11 +721,10 @@ class UNet(nn.Module):
 
         groups = groups_of(channels)
         embedding_dim = 4 * channels
+        scale_shift = z_dim > 0
 
         def new_block(width_in, width, attends):
-            residual = ResBlock(
-                width_in, width, embedding_dim, groups, dropout, scale_shift=z_dim > 0
-            )
+            residual = ResBlock(width_in, width, embedding_dim, groups, dropout, scale_shift)
             return UNetBlock(residual, Attention(width, heads, groups) if attends else None)
 
         self.time_mlp = embedding_mlp(channels, embedding_dim)
@@ -893,8 +899,9 @@ class DiffuseVAE(nn.Module):
         """All that a training step on n images draws, by the names of `forward`'s arguments."""
         # DDPM draws the times independently. Here the i-th image of the batch gets one from the
         # i-th of n equal parts of [0, T). As images are in random order, each still gets all times
-        # equally often. The gain is that the loss is less noisy: at small times it is largest, and
-        # now every batch has equally many of them. The clamp only guards against rounding up to T.
+        # equally often. The gain is a less noisy loss. The loss is largest at small times, where
+        # the little noise is hard to tell from the image's own detail, and a batch that happened to
+        # have many of them would have a larger one. The clamp guards against rounding up to T.
         T = self.diffusion.T
         t = (torch.arange(n) + torch.rand(n, generator=generator)) * T / n
         return {
@@ -1172,8 +1179,8 @@ PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '
 def load_folder(data, root, size, train):
     """All pictures below the folder `data`. Held out are the 5% of names with the lowest hash."""
 
-    # By a hash of the name, not by chance: the held-out pictures of a folder of hundreds stay held
-    # out when files are added. (In a small one the lowest hash is, which a new file may have.)
+    # By a hash of the name, not by chance: so held-out pictures stay held out when files are added.
+    # (Not in a folder of a few dozen, where the 5% may be none, and the lowest hash is held out.)
     def name_hash(path):
         return hashlib.sha256(path.relative_to(data).as_posix().encode()).digest()
 
@@ -1195,8 +1202,8 @@ class DataSet:
     size: int = 32  # height and width, unless --size says otherwise
     sizes: range = range(32, 33)  # what --size may say
     channels: int = 3
-    padding: int = 0  # pixels added on each side for the networks, and cut off in pictures
-    mirror: bool = True  # whether an image may be mirrored: digits and clothes may not
+    padding: int = 0  # pixels that `load` added on each side, to be cut off in pictures
+    mirror: bool = True  # whether a mirrored image could be of the set: not a digit
 
 
 FOLDER = DataSet(load_folder, sizes=range(1, 4097))
@@ -1247,7 +1254,7 @@ def write_grid(path, rows, data, columns=()):
     pixels = to_uint8(torch.cat(cells), data)
     grid = to_pil_image(utils.make_grid(pixels, nrow=n, padding=1, pad_value=255))
     scale = max(1, 64 // pixels.shape[-1])
-    step = scale * (pixels.shape[-1] + 1)
+    cell = scale * (pixels.shape[-1] + 1)  # from one image to the next
 
     # Margins with the labels.
     left = 64
@@ -1256,9 +1263,9 @@ def write_grid(path, rows, data, columns=()):
     sheet = ImageOps.expand(sheet, (left, top, 0, 0), 'white')
     draw = ImageDraw.Draw(sheet)
     for i, label in enumerate(labels):
-        draw.text((4, top + (i + 0.5) * step), label, 'black', anchor='lm')
+        draw.text((4, top + (i + 0.5) * cell), label, 'black', anchor='lm')
     for i, label in enumerate(columns):
-        draw.text((left + (i + 0.5) * step, 2), label, 'black', anchor='mt')
+        draw.text((left + (i + 0.5) * cell, 2), label, 'black', anchor='mt')
     write_png(path, sheet)
 
 
@@ -1305,7 +1312,8 @@ def option(meaning, default=None, low=None, high=1e15, choices=None, commands=No
     return field(default=default, metadata=metadata | dict(commands=commands, free=free))
 
 
-# A preset has settings for both stages, for stage 1 and for stage 2. All presets share these.
+# A preset has settings for both stages, for stage 1 and for stage 2: so it also says which options
+# belong to which stage. All presets share these.
 BOTH = dict(root='data', signal='image', seed=0, save_every=60.0)
 STAGE_1 = dict(flip=False)
 STAGE_2 = dict(form='1', timesteps=1000, z_cond=False, cond_drop=0.0, precision=None)
@@ -1382,13 +1390,14 @@ PAPER_VAES = {
 class TrainingOptions:
     """All settings of a training run; its checkpoint keeps them.
 
-    None means: as the checkpoint says, else as the preset says. `resolve` fills it in.
+    None means: as the checkpoint says, else as the preset says. `resolve` fills it in. (`out` and
+    `device` are as typed, in every run anew.)
     """
 
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
     form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
-    data: str = option('shapes, mnist, fashion, cifar10, celeba (needs gdown), or a folder')
+    data: str = option(f'{", ".join(DATA_SETS)} (needs gdown), or a folder')
     root: str = option('folder where the files of a named set are, or go', free=True)
     out: str = option('folder of the run (default runs/<data>)', free=True)
     size: int = option('height and width of the images (default 32; celeba 64)', low=16, high=4096)
@@ -1860,6 +1869,8 @@ def train(typed):
         source, parent = load_checkpoint(out, 1)
         if parent is None and form != 'uncond':
             raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
+    if parent and parent['step'] < parent['options']['steps']:
+        progress.show(f'note: {source} is not complete; its VAE is used as it is', end=True)
     before = saved or parent
     options = resolve(typed, before['options'] if before else {}, source)
     if stage == 2 and options.precision is None:
@@ -1883,8 +1894,8 @@ def train(typed):
     try:
         run.train(images, shown, progress)
     except KeyboardInterrupt:
-        kept = f'{path} holds step {run.saved_step}' if run.saved_step else 'nothing was saved yet'
-        progress.show(f'interrupted: {kept}; the same command goes on', end=True)
+        state = f'{path} holds step {run.saved_step}' if run.saved_step else 'nothing was saved yet'
+        progress.show(f'interrupted: {state}; the same command goes on', end=True)
         return 130
     progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
     return 0
@@ -1970,13 +1981,13 @@ def paint(model, options, z, draw_noise, draft=None):
     if draft is not None:
         draft = draft.to(model.device)
 
-    def noise():
+    def draw_for_batch():
         return draw_noise()[: len(z)].to(model.device)
 
     draft, refined = model.generate(
         z,
-        y_T=options.temperature * noise().expand(len(z), -1, -1, -1),
-        draw_noise=noise,
+        y_T=options.temperature * draw_for_batch().expand(len(z), -1, -1, -1),
+        draw_noise=draw_for_batch,
         draft=draft,
         guidance=options.guidance,
         steps=options.steps,
@@ -2191,8 +2202,8 @@ def edit(options):
     rows = []
     for code in mu[:3]:
         z = code + strengths[:, None] * direction
-        noise = same_noise(trained.model, options)
-        rows += paint(trained.model, options, z, noise).items()
+        draw_noise = same_noise(trained.model, options)
+        rows += paint(trained.model, options, z, draw_noise).items()
     trained.write_picture('edit', rows, [f'{strength:+.1f}' for strength in strengths])
 
 
@@ -2216,9 +2227,9 @@ def robust(options):
     rows = []
     z = mu[:1].expand(len(s), -1)
     for name, damaged in (('noise', noisy), ('blur', blurred), ('blocks', missing)):
-        noise = same_noise(model, options)
+        draw_noise = same_noise(model, options)
         rows.append((name, damaged))
-        rows.append(('refined', paint(model, options, z, noise, damaged)['refined']))
+        rows.append(('refined', paint(model, options, z, draw_noise, damaged)['refined']))
     trained.write_picture('robust', rows, [f'{strength:.2f}' for strength in strengths])
 
 
@@ -2285,7 +2296,7 @@ def em_step(z, r, ridge=1e-6):
     # all in logarithms, as the densities underflow (NOTES 2.8).
     w = r.mean(dim=0)
     m = r.T @ z / r.sum(dim=0)[:, None]
-    S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])
+    S = torch.stack([torch.cov(z.T, correction=0, aweights=r_k) for r_k in r.T])  # about m_k
     S = S + ridge * torch.eye(z.shape[1]).to(z)
 
     log_p = [MultivariateNormal(m_k, S_k).log_prob(z) for m_k, S_k in zip(m, S)]
@@ -2334,7 +2345,8 @@ def sum_of_pixels(values):
 def decoder_nats(x_0, mean, std):
     """-log of the mass that a Gaussian has in the bin of each pixel's grey level: [B]."""
     # Grey levels are 2/255 apart; the bins of the darkest and the brightest are open. A Gaussian is
-    # symmetric: the lower tail is used, for in the upper one its distribution function is near 1.
+    # symmetric: the bin is mirrored to the lower tail, where its distribution function is exact.
+    # (An open bin stays open towards the far side, since the mean is in [-1, 1].)
     distance = (x_0 - mean).abs()
     high = torch.special.log_ndtr((1 / 255 - distance) / std)
     low = torch.special.log_ndtr((-1 / 255 - distance) / std)
@@ -2343,7 +2355,7 @@ def decoder_nats(x_0, mean, std):
 
 
 def chain_nats(x_0, predicted_x0, alpha_bar, generator, variance, strata):
-    """The sum of L_t in `bound`: [B]. In each part of it one random t stands for all."""
+    """The sum of L_t in `bound`: [B]. One random t stands for all t of a part of the sum."""
     total = 0
     for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
         t = part[(len(part) * torch.rand(len(x_0), generator=generator)).long()]
@@ -2396,7 +2408,7 @@ def bound(model, x, generator, variance='small', strata=20):
 
     # The last step, as the decoder of grey levels.
     mean = predicted_x0(torch.zeros(len(x), dtype=torch.long))
-    _, theirs = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])
+    _, theirs = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])  # beta~_2; the mean is not needed
     terms['decoder'] = decoder_nats(x_0, mean, theirs**0.5)
     return terms
 
@@ -2431,6 +2443,8 @@ def evaluate(options):
     runs = [load_trained(options, form) for form in trained_forms(options)]
     train_images = runs[0].images(train=True)
     held_out = runs[0].images(train=False)
+    if len({(run.options.data, run.options.size) for run in runs}) > 1:
+        raise UserError(f'--out {options.out}: its models are of different --data; give --form')
     num = options.num or (200 if options.bits else 500)
     if num > len(held_out) or num * options.seeds > len(train_images):
         count = f'{len(held_out)} held-out and {len(train_images)} training images'
