@@ -1648,11 +1648,11 @@ def load_checkpoint(out, stage, form=None):
     except Exception as error:  # torch raises nearly anything on a damaged file
         raise UserError(f'{path}: damaged, or not a checkpoint; move it away') from error
 
-    wanted = {'options', 'model', 'ema', 'optimizer', 'step', 'rows'}
-    names = [setting.name for setting in fields(TrainingOptions)]
-    if not isinstance(saved, dict) or set(saved) != wanted or set(saved['options']) != set(names):
+    parts = {'options', 'model', 'ema', 'optimizer', 'step', 'rows'}
+    names = {setting.name for setting in fields(TrainingOptions)}
+    options = saved.get('options') if isinstance(saved, dict) else None
+    if not isinstance(options, dict) or set(saved) != parts or set(options) != names:
         raise UserError(f'{path}: of another version of this program; move it away, or use that')
-    options = saved['options']
     if options['stage'] != stage or (stage == 2 and options['form'] != form):
         name = 'stage 1' if stage == 1 else f'stage 2 form {form}'
         raise UserError(f'{path}: not a checkpoint of {name}; move it away')

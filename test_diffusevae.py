@@ -1883,6 +1883,9 @@ def test_unknown_names_are_refused_by_the_classes():
             diffusion.sample(lambda y_t, t: y_t, y_T, lambda: 0, steps=2, **{name: 'magic'})
     with pytest.raises(dv.UserError, match='steps=1001'):
         dv.time_grid(T, 1001)
+    for channels in (9, 144):
+        with pytest.raises(dv.UserError, match=f'channels={channels}'):
+            dv.UNet(2, 1, 8, channels, [1], 1)
     for form in (1, '3', 'uncond'):  # the last has a VAE here
         with pytest.raises(dv.UserError, match='form='):
             dv.DiffuseVAE(tiny().vae, tiny().unet, diffusion, form)
@@ -1974,6 +1977,28 @@ def test_unet_layers_in_the_papers_order():
     with torch.no_grad():
         net(torch.zeros(1, 6, 32, 32), torch.tensor([0]))
     assert sizes == [16, 16, 4, 16, 16, 16]
+
+
+def test_every_stored_map_reaches_its_partner_on_the_way_up():
+    """The trunk by hand: stem, block, halving, block, middle; each map beside h, newest first."""
+    net = tiny('uncond').unet
+    x = torch.randn(2, 1, 8, 8)
+    t = torch.tensor([5, 900])
+    embedding = net.time_mlp(dv.time_embedding(t, 8))
+    block_8, halving, block_4 = net.down
+    stem = net.stem(x)
+    fine = block_8(stem, embedding)
+    halved = halving(fine, embedding)
+    coarse = block_4(halved, embedding)
+
+    h = net.middle[1](net.middle[0](coarse, embedding), embedding)
+    up_1, up_2, doubling, up_3, up_4 = net.up
+    h = up_1(torch.cat([h, coarse], 1), embedding)
+    h = up_2(torch.cat([h, halved], 1), embedding)
+    h = doubling(h, embedding)
+    h = up_3(torch.cat([h, fine], 1), embedding)
+    h = up_4(torch.cat([h, stem], 1), embedding)
+    assert torch.allclose(net(x, t), net.head(F.silu(net.head_norm(h))), atol=1e-5)
 
 
 def test_dropout_only_in_training():
@@ -2312,6 +2337,21 @@ def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
         assert not torch.equal(a, b)
 
 
+def test_dropout_is_a_function_of_seed_step_and_process():
+    """torch's own generator, from which dropout draws, is seeded anew for each step."""
+    images = dv.Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), {})
+    vae = tiny().vae
+
+    def draw(seed, step, rank):
+        machine = CPU._replace(rank=rank, world=2)
+        dv.training_inputs(vae, images, config(1, batch=2, seed=seed), step, machine)
+        return torch.rand(1).item()
+
+    first = draw(0, 0, 0)
+    others = [draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1)]
+    assert draw(0, 0, 0) == first and len({first, *others}) == 4
+
+
 def test_vae_of_a_mostly_black_set_does_not_die(tmp_path):
     """The decoder starts at the mean pixel: from 0.5 the sigmoid would be driven flat."""
     root = mnist_files(tmp_path)
@@ -2342,6 +2382,20 @@ def test_stage_2_inherits_from_stage_1(trained, capsys):
     assert 'shapes' in capsys.readouterr().err
     options = torch.load(trained / 'stage2-uncond.pt', weights_only=True)['options']
     assert options['data'] == 'shapes' and options['z_dim'] == 4
+
+
+def test_stage_2_says_that_its_vae_is_not_complete(trained, tmp_path, capsys):
+    """After an interrupted stage 1 its VAE is used, but not without a word."""
+    saved = torch.load(trained / 'stage1.pt', weights_only=True)
+    command = ['train', '--stage', 2, '--steps', 1, *SMALL]
+    for steps, said in ((12, False), (13, True)):
+        out = tmp_path / str(steps)
+        out.mkdir()
+        saved['options']['steps'] = steps
+        torch.save(saved, out / 'stage1.pt')
+        capsys.readouterr()
+        assert run(*command, '--out', out) == 0
+        assert ('stage1.pt is not complete' in capsys.readouterr().out) == said
 
 
 def test_training_images_are_mirrored_left_to_right(tmp_path, monkeypatch):
@@ -2993,6 +3047,31 @@ def test_evaluate_measures_every_model(trained, capsys):
         assert run(*command, '--form', 'uncond', *bad) == 2 and bad[0] in capsys.readouterr().err
 
 
+def test_a_guided_step_counts_as_two_calls(trained):
+    """With guidance the rows have half as many steps as calls; an odd number is refused."""
+    model = dv.load_trained(dv.SamplingOptions(out=trained, form='1'))
+    options = dv.SamplingOptions(calls=(4, 10))
+    for guidance, steps in ((0.0, {4, 10}), (2.0, {2, 5})):
+        rows = dv.evaluation_rows(model, dataclasses.replace(options, guidance=guidance))
+        assert {row.steps for _, which, row in rows if which == 'refined'} == steps
+    with pytest.raises(dv.UserError, match='--calls'):
+        dv.evaluation_rows(model, dv.SamplingOptions(calls=(5,), guidance=2.0))
+
+
+def test_models_of_different_data_are_not_compared(trained, tmp_path, capsys):
+    """Where one folder has models of different sets, `evaluate` asks for one of them."""
+    shutil.copytree(trained, tmp_path / 'mixed')
+    path = tmp_path / 'mixed' / 'stage2-uncond.pt'
+    saved = torch.load(path, weights_only=True)
+    for i in range(40):
+        picture(tmp_path / 'data' / f'{i}.png', size=(32, 32))
+    saved['options']['data'] = str(tmp_path / 'data')
+    torch.save(saved, path)
+    command = ['evaluate', '--out', tmp_path / 'mixed', '--num', 2, '--calls', 1]
+    assert run(*command) == 2 and 'different --data' in capsys.readouterr().err
+    assert run(*command, '--form', '1') == 0
+
+
 def test_unequal_sets_have_no_distance():
     """Sorted values can only be compared one by one: sets of different sizes are an error."""
     with pytest.raises(ValueError, match='different shapes'):
@@ -3089,10 +3168,18 @@ def near(a, b):
     return abs(a - b).max() <= 1
 
 
-def test_interpolation_starts_and_ends_at_the_reconstructions(trained):
+def test_interpolation_starts_and_ends_at_the_reconstructions(trained, monkeypatch):
     """Both ends are the reconstructions of the two images; the last row ends at another noise."""
     how = ['--out', trained, '--steps', 2, '--sampler', 'ddim', '--eta', 1]
     assert run('reconstruct', *how, '--num', 2) == 0
+    paint = dv.paint
+    seen = []
+
+    def recorded_paint(model, options, z, *rest, **more):
+        seen.append(z)
+        return paint(model, options, z, *rest, **more)
+
+    monkeypatch.setattr(dv, 'paint', recorded_paint)
     assert run('interpolate', *how, '--num', 5) == 0
     image, draft, refined = cells(trained / 'reconstruct-form1.png', 3, 2)
     drafts, between, other = cells(trained / 'interpolate-form1.png', 3, 5)
@@ -3102,12 +3189,19 @@ def test_interpolation_starts_and_ends_at_the_reconstructions(trained):
     held_out = load_images('shapes', train=False)
     assert near(image[0][::2, ::2], held_out.pixels[0].permute(1, 2, 0).numpy().astype(int))
 
-    # The last column has the other noise in every step.
+    # The codes: from one image's to the other's, on the arc; then the first image's throughout.
     model = load(trained, 'form1')
-    mu, _ = model.vae.encode(held_out.batch([0]))
+    mu, _ = model.vae.encode(held_out.batch([0, 1]))
+    codes, same = seen
+    assert torch.allclose(codes[[0, 4]], mu, atol=1e-5) and not torch.allclose(mu[0], mu[1])
+    assert torch.allclose(codes[2], Own.slerp(mu[0], mu[1], 0.5), atol=1e-5)
+    assert torch.allclose(same, mu[:1].expand(5, -1), atol=1e-5)
+
+    # The last column has the other noise in every step.
+    mu = mu[:1]
     options = dv.SamplingOptions(steps=2, sampler='ddim', eta=1.0)
     noise = partial(torch.randn, 1, 3, 32, 32, generator=dv.make_generator(0, 'other noise'))
-    last = dv.to_uint8(dv.paint(model, options, mu, noise)['refined'].detach(), 'shapes')[0]
+    last = dv.to_uint8(paint(model, options, mu, noise)['refined'].detach(), 'shapes')[0]
     assert near(other[4][::2, ::2], last.permute(1, 2, 0).numpy().astype(int))
 
 
@@ -3442,7 +3536,11 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     shutil.copytree(trained, tmp_path / 'copy')
     good = (trained / 'stage2-form1.pt').read_bytes()
     path = tmp_path / 'copy' / 'stage2-form1.pt'
-    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], pickle.dumps(os.getcwd)):
+    damages = [b'', b'junk', good[: len(good) // 2], good[:-20], pickle.dumps(os.getcwd)]
+    for content in (3, {}, {'options': 3}, torch.load(trained / 'stage1.pt') | {'options': [1]}):
+        torch.save(content, path)
+        damages.append(path.read_bytes())
+    for damaged in damages:
         path.write_bytes(damaged)
         assert 'stage2-form1.pt' in fails('sample', '--out', tmp_path / 'copy')
         assert 'stage2-form1.pt' in fails('train', '--stage', 2, '--out', tmp_path / 'copy')
