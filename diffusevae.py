@@ -244,6 +244,9 @@ class VAE(nn.Module):
         self.alpha = alpha
         self.signal = SIGNALS[signal]
 
+        # What the encoder subtracts from y: 0, as in the paper, until training sets it (section 7).
+        self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
+
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
         self.encoder = backbone(encoder, widths)
         self.mu = nn.Conv2d(self.z_dim, self.z_dim, 1, bias=False)
@@ -256,7 +259,8 @@ class VAE(nn.Module):
 
         It looks only at y: so a picture of which only the grey version is known has a code, too.
         """
-        h = self.encoder(self.stem(self.signal(x)))  # [B, z_dim, 1, 1]
+        y = self.signal(x) - self.mean_colour
+        h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
         mu = rearrange(self.mu(h), 'b z 1 1 -> b z')
         logvar = rearrange(self.logvar(h), 'b z 1 1 -> b z')
         return mu, logvar
@@ -1204,11 +1208,12 @@ class DataSet:
     channels: int = 3
     padding: int = 0  # pixels that `load` added on each side, to be cut off in pictures
     mirror: bool = True  # whether a mirrored image could be of the set: not a digit
+    rooted: bool = True  # whether its files are below --root
 
 
-FOLDER = DataSet(load_folder, sizes=range(1, 4097))
+FOLDER = DataSet(load_folder, sizes=range(1, 4097), rooted=False)
 DATA_SETS = {
-    'shapes': DataSet(load_shapes, sizes=range(16, 65)),
+    'shapes': DataSet(load_shapes, sizes=range(16, 65), rooted=False),
     'mnist': DataSet(load_grey, channels=1, padding=2, mirror=False),
     'fashion': DataSet(load_grey, channels=1, padding=2, mirror=False),
     'cifar10': DataSet(load_cifar10),
@@ -1221,6 +1226,11 @@ def data_set(data):
     return DATA_SETS.get(data, FOLDER)
 
 
+def full_path(data):
+    """The name of a set as it is; a folder from the root of the file system on, without links."""
+    return data if data in DATA_SETS else str(Path(data).resolve())
+
+
 def load_images(data, root, size, train):
     """The training or the held-out images of a named set or of a folder; else a UserError."""
     sizes = data_set(data).sizes
@@ -1229,12 +1239,15 @@ def load_images(data, root, size, train):
     return data_set(data).load(data, root, size, train)
 
 
+def without_padding(images, data):
+    """What is seen and measured of images [N, C, H, W]: not the border around digits of 28x28."""
+    border = data_set(data).padding
+    return images[..., border : images.shape[2] - border, border : images.shape[3] - border]
+
+
 def to_uint8(images, data):
     """Pixels for a file: [N, C, H, W] in [0, 1] -> uint8 on the CPU, rounded, without padding."""
-    border = data_set(data).padding
-    if border:
-        images = images[..., border:-border, border:-border]
-    return (255 * images).round().clamp(0, 255).byte().cpu()
+    return (255 * without_padding(images, data)).round().clamp(0, 255).byte().cpu()
 
 
 def write_grid(path, rows, data, columns=()):
@@ -1280,12 +1293,23 @@ def write_table(path, rows):
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def or_warn(write, *arguments):
+    """Call write(*arguments); if the file cannot be written, warn: the work that made it goes on.
+
+    On Windows, for example, nobody can write to a table that is open in a spreadsheet.
+    """
+    try:
+        write(*arguments)
+    except UserError as error:
+        print(f'warning: {error}', file=sys.stderr)
+
+
 def write_atomically(path, write):
     """Call write(file) such that `path` becomes the whole new file, or stays the old one."""
     # Written in memory, then beside the file, then renamed: a name never stands for half a file.
     content = io.BytesIO()
     write(content)
-    beside = path.with_name(f'{path.name}.part')
+    beside = path.with_name(f'{path.name}.{os.getpid()}.part')  # processes have one each
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content.getbuffer())
@@ -1460,6 +1484,8 @@ def resolve(typed, before, path):
     """
     stage = typed.stage
     given = {name: value for name, value in asdict(typed).items() if value is not None}
+    if 'data' in given:
+        given['data'] = full_path(given['data'])
 
     # A run that goes on keeps its settings; stage 2 takes over those of the VAE.
     kept = before
@@ -1471,6 +1497,10 @@ def resolve(typed, before, path):
     defaults = {'stage': stage, 'preset': preset, 'out': None, 'device': None}
     defaults |= PRESETS[preset]['both'] | PRESETS[preset][stage]
     settings = defaults | kept | given
+
+    # The run may go on from another working directory: paths are kept in full.
+    settings['data'] = full_path(settings['data'])
+    settings['root'] = str(Path(settings['root']).resolve())
 
     # Two settings follow from others where nobody says them.
     if 'size' not in settings:
@@ -1490,20 +1520,39 @@ def refuse_contradictions(given, kept, path):
     """A UserError if an option contradicts what the checkpoint at `path` has and may not change."""
     free = [setting.name for setting in fields(TrainingOptions) if setting.metadata['free']]
     for name, value in given.items():
-        if name in kept and name not in free and value != kept[name]:
-            raise UserError(f'{flag(name)} {value}: {path} has {kept[name]}')
+        if name not in kept or name in free or value == kept[name]:
+            continue
+        if name == 'data' and is_moved(kept['data'], value):
+            continue
+        raise UserError(f'{flag(name)} {value}: {path} has {kept[name]}')
+
+
+def is_moved(old, new):
+    """Whether `new` can be the folder that was at `old`: there is none any more."""
+    return old not in DATA_SETS and new not in DATA_SETS and not Path(old).exists()
+
+
+def refuse(given, names, why):
+    """A UserError if one of the options `names` was given and is not off: it would be ignored."""
+    for name in names:
+        if given.get(name):
+            raise UserError(f'{flag(name)}: {why}')
 
 
 def refuse_what_is_ignored(given, defaults, settings):
     """A UserError if an option belongs to the other stage, to another form or another data set."""
-    for name in given:
-        if name not in defaults and name not in INHERITED:
-            other = 3 - settings['stage']
-            raise UserError(f'{flag(name)}: is a setting of stage {other} only')
-    if settings.get('form') == 'uncond' and (settings['z_cond'] or settings['cond_drop']):
-        raise UserError('--z-cond, --cond-drop: --form uncond has no draft and no z')
-    if settings['signal'] == 'grey' and data_set(settings['data']).channels == 1:
-        raise UserError(f'--signal grey: the images of --data {settings["data"]} are grey already')
+    data = settings['data']
+    others = [name for name in given if name not in defaults and name not in INHERITED]
+    refuse(given, others, f'is a setting of stage {3 - settings["stage"]} only')
+    if settings.get('form') == 'uncond':
+        of_the_vae = ('z_dim', 'alpha', 'signal', 'z_cond', 'cond_drop')
+        refuse(given, of_the_vae, '--form uncond has no VAE, no draft and no z')
+    if not data_set(data).rooted:
+        refuse(given, ('root',), f'--data {data} has no files below it')
+    if not data_set(data).mirror:
+        refuse(given, ('flip',), f'images of --data {data} are never mirrored')
+    if settings['signal'] == 'grey' and data_set(data).channels == 1:
+        raise UserError(f'--signal grey: the images of --data {data} are grey already')
 
 
 # Commands that draw chains of one kind, and commands that draw z from the prior.
@@ -1517,6 +1566,8 @@ class SamplingOptions:
 
     out: str = option('folder of the run', 'runs/shapes')
     form: str = option('which model (default: the first there is)', choices=FORMS)
+    data: str = option('the folder of the training images, if it has moved')
+    root: str = option('as for train, if it has moved')
     num: int = option('images (default 64; evaluate 500, its bound 200; pictures 8, edit 9)', low=1)
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
     sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
@@ -1535,6 +1586,56 @@ class SamplingOptions:
     bits: bool = option('the bound on -log2 p(x) instead', False, commands=('evaluate',))
     attribute: str = option('kind=circle, size>0.5, digit=3, Smiling', commands=('edit',))
     device: str = option('as for train')
+
+
+# What decides about codes and chains, and hence of use only where these are drawn.
+OF_THE_CHAIN = ('steps', 'sampler', 'spacing', 'variance', 'eta', 'temperature', 'guidance')
+OF_THE_PRIOR = ('shared_noise', 'gmm')
+
+
+def changed(options):
+    """Those of the `SamplingOptions` that are not the default: {name: value}."""
+    default = asdict(SamplingOptions())
+    return {name: value for name, value in asdict(options).items() if value != default[name]}
+
+
+def check_sampling(command, options):
+    """A UserError if an option would be ignored by the command, or beside the other options."""
+    given = changed(options)
+    if options.real:
+        ignored = (*OF_THE_CHAIN, *OF_THE_PRIOR, 'seed')
+        refuse(given, ignored, 'not with --real, which only copies training images')
+    elif command == 'sample' and options.gmm is None:
+        refuse(given, ('data', 'root'), 'sample reads images for --real and --gmm only')
+    if options.bits:
+        ignored = (*OF_THE_CHAIN, *OF_THE_PRIOR, 'calls', 'seeds')
+        refuse(given, ignored, 'not with --bits, the bound for z ~ N(0, I) and all T ddpm steps')
+    if command in CHAINS and options.sampler != 'ddpm':
+        refuse(given, ('variance',), 'is of --sampler ddpm')
+    if command in CHAINS and options.sampler != 'ddim':
+        refuse(given, ('eta',), 'is of --sampler ddim')
+
+
+def check_model(options, settings, path):
+    """A UserError if the trained model at `path` cannot do what the options ask for.
+
+    settings: its `TrainingOptions`; their `data` and `root` become those of the options.
+    """
+    if options.steps > settings.timesteps:
+        raise UserError(f'--steps {options.steps}: from 1 to T = {settings.timesteps}')
+    if settings.form == 'uncond':
+        refuse(changed(options), ('guidance',), '--form uncond has no draft to be guided by')
+    elif not settings.cond_drop:
+        refuse(changed(options), ('guidance',), f'{path} was trained without --cond-drop')
+    if options.root is not None:
+        if not data_set(settings.data).rooted:
+            raise UserError(f'--root: --data {settings.data} has no files below it')
+        settings.root = options.root
+    if options.data is not None:
+        data = full_path(options.data)
+        if data != settings.data and (data in DATA_SETS or settings.data in DATA_SETS):
+            raise UserError(f'--data {options.data}: {path} was trained on {settings.data}')
+        settings.data = data
 
 
 # ==== 7. TRAINING, one loop for both stages =======================================================
@@ -1679,11 +1780,14 @@ def initialise(options, parent, parent_path, images):
                 for conv in block.convs:
                     nn.init.kaiming_normal_(conv.weight)
 
-        # On mostly black images the sigmoid, which starts at 0.5, would be driven to where it is
-        # flat, and stay there: it starts at the mean pixel instead.
-        if data_set(options.data).channels == 1:
-            mean = images.batch(range(min(1000, len(images)))).mean()
-            nn.init.constant_(model.head.bias, torch.logit(mean))
+        # The encoder sees colours relative to the mean colour, and the decoder starts from it.
+        # Where most pixels are black, or white, training would else begin with driving the last
+        # sigmoid to where it is flat, and the code would die before it says anything (NOTES 4).
+        n = min(len(images), 1000, 10**8 // options.size**2)  # that fit into memory
+        y = model.signal(images.batch(range(n)))
+        mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [channels]
+        model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
+        model.head.bias.data.copy_(torch.logit(mean))
     elif model.vae is not None:
         load_weights(model.vae, parent['ema'], parent_path)
     return model
@@ -1773,7 +1877,7 @@ class TrainingRun:
         write_atomically(self.path, lambda file: torch.save(content, file))
         self.saved_step = self.step
         header = ['step', *self.model.metrics, 'grad_norm', 'lr', 'images_per_s']
-        write_table(self.path.with_suffix('.csv'), [header, *self.rows])
+        or_warn(write_table, self.path.with_suffix('.csv'), [header, *self.rows])
 
         # Stage 1: held-out images above their drafts. Stage 2: drafts above refined samples.
         if self.options.stage == 1:
@@ -1781,7 +1885,8 @@ class TrainingRun:
             pictures = {'image': self.averaged.signal(shown), 'draft': self.averaged.decode(mu)}
         else:
             pictures = sample_chunk(self.averaged, SamplingOptions(), chunk=0, n=16)  # section 8
-        write_grid(self.path.with_suffix('.png'), list(pictures.items()), self.options.data)
+        picture = self.path.with_suffix('.png')
+        or_warn(write_grid, picture, list(pictures.items()), self.options.data)
 
     def train(self, images, shown, progress):
         """The loop: from the step where the run is to the last one."""
@@ -1943,12 +2048,7 @@ def load_trained(options, form=None):
     settings = TrainingOptions(**saved['options'])
     if options.bits:
         settings.precision = 'float32'  # a bound should be exact
-    if options.steps > settings.timesteps:
-        raise UserError(f'--steps {options.steps}: from 1 to T = {settings.timesteps}')
-    if options.guidance and settings.form == 'uncond':
-        raise UserError('--guidance: --form uncond has no draft to be guided by')
-    if options.guidance and not settings.cond_drop:
-        raise UserError(f'--guidance {options.guidance}: {path} was trained without --cond-drop')
+    check_model(options, settings, path)
 
     model = build(settings)
     load_weights(model, saved['ema'], path)
@@ -2066,8 +2166,14 @@ def write_folder(options, trained, num, names, draw):
     progress = Progress(machine.rank)
 
     # Images of other settings, or of another model, must not end up in the same folder.
-    settings = asdict(replace(options, num=None, device=None, png=None, out=None))
-    settings |= {'model': asdict(trained.options), 'step': trained.step}
+    # (Where files are and on which device they are made does not matter.)
+    elsewhere = dict(out=None, root=None, device=None)
+    settings = asdict(replace(options, num=None, png=None, data=None, **elsewhere))
+    model = asdict(replace(trained.options, data=None, **elsewhere))
+    if options.real:
+        settings = {'real': trained.options.data, 'size': trained.options.size}
+    else:
+        settings |= {'model': model, 'step': trained.step}
     text = json.dumps(settings, indent=1)
     note = folder / 'settings.json'
     if note.exists() and note.read_text() != text:
@@ -2181,7 +2287,7 @@ def has_attribute(labels, text):
 def encode_all(trained, images):
     """(mu, logvar) of a set of images, each [N, z_dim] on the CPU."""
     encoded = []
-    for indices in torch.arange(len(images)).split(500):
+    for indices in torch.arange(len(images)).split(CHUNK):
         encoded.append(trained.model.vae.encode(images.batch(indices).to(trained.model.device)))
     mu = torch.cat([mu for mu, _ in encoded]).cpu()
     logvar = torch.cat([logvar for _, logvar in encoded]).cpu()
@@ -2237,15 +2343,40 @@ def robust(options):
 # A distance between sets of images, a better prior for z, and a bound of the likelihood.
 
 
+def blur_kernel(x):
+    """A blur that is close to a Gaussian, for each channel of x: [C, 1, 5, 5]."""
+    row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
+    return (row[:, None] * row).expand(x.shape[1], 1, 5, 5)
+
+
+def halve(x):
+    """Blur, and take every second pixel: [N, C, R, R] -> [N, C, R / 2 rounded up, the same]."""
+    padded = F.pad(x, (2, 2, 2, 2), 'reflect')
+    return F.conv2d(padded, blur_kernel(x), stride=2, groups=x.shape[1])
+
+
+def double(low, resolution):
+    """The way back from `halve`, but for the detail: [N, C, R / 2, R / 2] -> [N, C, R, R]."""
+    # Pixel i of the lower level lies on pixel 2 i of the upper one. So its pixels are set there,
+    # zeros between them, and blurred. As three of four are zeros, the kernel is four times as
+    # large. `conv_transpose2d` does all this. (`interpolate` would put pixel i at 2 i + 1/2.)
+    padded = F.pad(low, (1, 1, 1, 1), 'replicate')
+    return F.conv_transpose2d(
+        padded,
+        4 * blur_kernel(low),
+        stride=2,
+        padding=4,
+        output_padding=1 - resolution % 2,
+        groups=low.shape[1],
+    )
+
+
 def laplacian_pyramid(x):
     """What each halving of the resolution loses, finest first, and the rest: [N, C, R, R] each."""
-    row = torch.tensor([1, 4, 6, 4, 1], device=x.device) / 16
-    kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5)  # a blur, close to a Gaussian
     levels = []
     while x.shape[-1] >= 16:
-        padded = F.pad(x, (2, 2, 2, 2), 'reflect')
-        low = F.conv2d(padded, kernel, stride=2, groups=x.shape[1])
-        levels.append(x - F.interpolate(low, size=x.shape[2:], mode='bilinear'))
+        low = halve(x)
+        levels.append(x - double(low, x.shape[-1]))
         x = low
     return [*levels, x]
 
@@ -2270,13 +2401,16 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
         numbers = channels * 49
 
         # The same places of both sets' images, and the same directions.
-        place = torch.randint((resolution - 6) ** 2, (n, 1, patches), generator=generator)
+        places = resolution - 6  # along each axis
+        place = torch.randint(places**2, (n, patches), generator=generator)
         direction = F.normalize(torch.randn(numbers, directions, generator=generator), dim=0)
         projected = []
         for level in (ours, theirs):
-            unfolded = F.unfold((level - mean) / std, 7)  # [n, numbers, places]
-            chosen = unfolded.gather(2, place.expand(-1, numbers, -1))
-            projected.append(rearrange(chosen, 'n d p -> (n p) d') @ direction)
+            # All patches, as a view that copies nothing: [n, channels, places, places, 7, 7]. Then
+            # the chosen ones: [n, patches, channels, 7, 7].
+            windows = ((level - mean) / std).unfold(2, 7, 1).unfold(3, 7, 1)
+            chosen = windows[torch.arange(n)[:, None], :, place // places, place % places]
+            projected.append(rearrange(chosen, 'n p c y x -> (n p) (c y x)') @ direction)
 
         a = projected[0].sort(dim=0).values
         b = projected[1].sort(dim=0).values
@@ -2326,10 +2460,10 @@ def mixture_of_codes(trained, K):
     """Ex-PDE: (weights [K], means [K, z_dim], Cholesky factors) of Gaussians fitted to the codes.
 
     The codes of the training images are not quite N(0, I), so some z ~ N(0, I) fall where the
-    decoder was never trained. Codes from a mixture fitted to z ~ q(z|x) do not. None without a VAE.
+    decoder was never trained. Codes from a mixture fitted to z ~ q(z|x) do not.
     """
     if trained.model.vae is None:
-        return None
+        raise UserError('--gmm: --form uncond has no codes')
     mu, logvar = encode_all(trained, trained.images(train=True))
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
@@ -2423,65 +2557,95 @@ def evaluation_rows(trained, options):
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     if options.guidance and any(calls % 2 for calls in options.calls):
         raise UserError(f'--calls {options.calls}: a guided step takes two')
+
     form = name_of(trained.options.form)
+    of_the_prior = OF_THE_PRIOR
     rows = []
     if trained.model.vae is not None:
-        rows.append((f'{form} drafts', 'draft', replace(options, steps=1)))
+        drafts = f'{form} drafts' + described(options, of_the_prior)
+        rows.append((drafts, 'draft', replace(options, steps=1)))
+    else:
+        of_the_prior = ('shared_noise',)  # there are no codes, hence no mixture of them
     for sampler, spacing in EVALUATED:
+        own = 'variance' if sampler == 'ddpm' else 'eta'
+        more = described(options, (own, 'temperature', 'guidance', *of_the_prior))
         for calls in options.calls:
             steps = calls // 2 if options.guidance else calls
             row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
-            rows.append((f'{form} {sampler} {spacing}, {calls} calls', 'refined', row))
+            rows.append((f'{form} {sampler} {spacing}, {calls} calls{more}', 'refined', row))
     return rows
 
 
-def evaluate(options):
-    """The command `evaluate`: distances to held-out images, by model, sampler and network calls.
+def described(options, names, template=', {} {}'):
+    """The options of those names that are not the default, as text: ', eta 0.5, gmm 20'."""
+    given = changed(options)
+    text = ''
+    for name in names:
+        if name in given:
+            text += template.format(name.replace('_', '-'), as_typed(given[name]))
+    return text
 
-    For MNIST and Fashion-MNIST that is with the black border that pads them to 32x32.
-    """
+
+def evaluate(options):
+    """The command `evaluate`: distances to held-out images, by model, sampler and network calls."""
     runs = [load_trained(options, form) for form in trained_forms(options)]
     train_images = runs[0].images(train=True)
     held_out = runs[0].images(train=False)
     if len({(run.options.data, run.options.size) for run in runs}) > 1:
         raise UserError(f'--out {options.out}: its models are of different --data; give --form')
-    num = options.num or (200 if options.bits else 500)
-    if num > len(held_out) or num * options.seeds > len(train_images):
-        count = f'{len(held_out)} held-out and {len(train_images)} training images'
-        raise UserError(f'--num {num}, --seeds {options.seeds}: there are {count}')
+    num = options.num
+    if num is None:
+        num = min(200 if options.bits else 500, len(held_out), len(train_images) // options.seeds)
+    if num < 2 or num > len(held_out) or num * options.seeds > len(train_images):
+        most = min(len(held_out), len(train_images) // options.seeds)
+        count = f'there are {len(held_out)} held-out and {len(train_images)} training images'
+        raise UserError(f'--num {num}, --seeds {options.seeds}: {count}; --num from 2 to {most}')
     real = held_out.batch(range(num))
     if options.bits:
         evaluate_bits(runs, real, options)
         return
 
+    # The table, a row when it is measured; its file is named after what was asked for.
     rows = [(trained, evaluation_rows(trained, options)) for trained in runs]
+    table = [['images', 'mean', 'lowest', 'highest', 'levels']]
+    asked = [name for name in changed(options) if name not in ('out', 'device', 'data', 'root')]
+    path = Path(options.out) / f'evaluate{described(options, asked, template="-{}-{}")}.csv'
     print(f'Distance to {num} held-out images (not FID): mean over {options.seeds} seeds, lowest')
     print('and highest; mean of each level of the pyramid, finest first')
-    table = [['images', 'mean', 'lowest', 'highest', 'levels']]
-
-    def add_row(name, distances):
-        distances = torch.stack(distances)  # [seeds, levels]
-        by_seed = distances.mean(dim=1)
-        levels = ' '.join(f'{level:.1f}' for level in distances.mean(dim=0))
-        row = [f'{value:.1f}' for value in (by_seed.mean(), by_seed.min(), by_seed.max())]
-        table.append([f'"{name}"', *row, levels])
-        print(f'{name:36} {row[0]:>7} ({row[1]} to {row[2]}; {levels})', flush=True)
-        write_table(Path(options.out) / 'evaluate.csv', table)
 
     # How far training images are: about as near as one can hope to come.
     parts = [train_images.batch(range(i * num, (i + 1) * num)) for i in range(options.seeds)]
-    add_row('floor: training images', [sliced_wasserstein(part, real) for part in parts])
+    data = runs[0].options.data
+    distances = [distance(part, real, data) for part in parts]
+    add_row(table, path, 'floor: training images', distances)
 
     for trained, rows_of_model in rows:
         mixture = None
-        if options.gmm is not None:
+        if options.gmm is not None and (trained.model.vae is not None or len(runs) == 1):
             mixture = mixture_of_codes(trained, options.gmm)
         for name, which, row in rows_of_model:
             distances = []
             for seed in range(options.seed, options.seed + options.seeds):
                 images = sample_set(trained.model, replace(row, seed=seed), which, num, mixture)
-                distances.append(sliced_wasserstein(images, real))
-            add_row(name, distances)
+                distances.append(distance(images, real, data))
+            add_row(table, path, name, distances)
+    print(path)
+
+
+def distance(images, real, data):
+    """The `sliced_wasserstein` distance of what is seen of two sets of images."""
+    return sliced_wasserstein(without_padding(images, data), without_padding(real, data))
+
+
+def add_row(table, path, name, distances):
+    """Add the distances of several seeds, [levels] each, to the table; print it, and write all."""
+    distances = torch.stack(distances)  # [seeds, levels]
+    by_seed = distances.mean(dim=1)
+    levels = ' '.join(f'{level:.1f}' for level in distances.mean(dim=0))
+    row = [f'{value:.1f}' for value in (by_seed.mean(), by_seed.min(), by_seed.max())]
+    print(f'{name:36} {row[0]:>7} ({row[1]} to {row[2]}; {levels})', flush=True)
+    table.append([f'"{name}"', *row, levels])
+    or_warn(write_table, path, table)
 
 
 def sample_set(model, options, which, num, mixture):
@@ -2495,11 +2659,10 @@ def sample_set(model, options, which, num, mixture):
 
 def evaluate_bits(runs, real, options):
     """Print the bound of each model for held-out images, and its terms, in bits per dimension."""
-    if options.gmm is not None or options.guidance or options.temperature != 1:
-        raise UserError('--bits: without --gmm, --guidance and --temperature')
     for trained in runs:
-        # The padding of grey sets is not a part of the images.
-        dimensions = to_uint8(real[:1], trained.options.data).numel()
+        # Padding is no part of an image. The bound is for image and padding, which together are
+        # less likely than the image alone: so it holds for the image.
+        dimensions = without_padding(real[:1], trained.options.data).numel()
         for variance in VARIANCES:
             generator = make_generator(options.seed, 'bits')
             parts = [bound(trained.model, x, generator, variance) for x in real.split(CHUNK)]
@@ -2588,18 +2751,22 @@ def parse(argv):
     parser = Parser(prog='diffusevae.py', description=description)
     commands = parser.add_subparsers(required=True, metavar='COMMAND', dest='command')
     for name, (_, options_class, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_options(command, name, options_class)
+        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        add_options(subparser, name, options_class)
 
     given = vars(parser.parse_args(argv))
-    run, options_class, _ = COMMANDS[given.pop('command')]
+    command = given.pop('command')
+    run, options_class, _ = COMMANDS[command]
     for setting in fields(options_class):
         value = given.get(setting.name)
         low = setting.metadata['low']
         high = setting.metadata['high']
         if value is not None and low is not None and not low <= value <= high:  # nan is out, too
             raise UserError(f'{flag(setting.name)} {value}: not from {low} to {high}')
-    return run, options_class(**given)
+    options = options_class(**given)
+    if options_class is SamplingOptions:
+        check_sampling(command, options)
+    return run, options
 
 
 def main(argv=None):
