@@ -1895,7 +1895,7 @@ class TrainingRun:
         if self.machine.world > 1:
             # Every process has all weights; the gradients are averaged over the processes.
             dist.init_process_group('nccl' if self.machine.device.type == 'cuda' else 'gloo')
-            model = nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+            model = nn.parallel.DistributedDataParallel(model)
 
         first = self.step
         losses = []

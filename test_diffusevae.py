@@ -1514,7 +1514,8 @@ def test_digits_are_padded_to_32_and_never_mirrored(tmp_path, data, folder, labe
     assert dv.to_uint8(x, data).shape == (2, 1, 28, 28)
     assert not torch.equal(x, load_images(data, tmp_path, train=False).batch([0, 1]))
 
-    settings = config(2, data=data, flip=True)
+    settings = config(2, data=data, preset='cifar10')  # a preset that mirrors
+    assert settings.flip
     model = types.SimpleNamespace(random_inputs=lambda n, generator: {})
     x = dv.training_inputs(model, images, settings, 0, CPU)['x']
     known = images.batch(range(40)).flatten(1)
@@ -2783,17 +2784,63 @@ def test_distance_against_sorted_numbers_by_hand():
     assert torch.allclose(dv.sliced_wasserstein(real + std, real)[0], 1000 * shift, rtol=1e-3)
 
 
-def test_pyramid_adds_up_and_its_finest_level_is_the_finest_detail():
-    """The levels, enlarged and added, are the image; a flat image has only the coarsest."""
-    x = torch.rand(2, 3, 32, 32)
+@pytest.mark.parametrize('R', [32, 47, 50])
+def test_pyramid_adds_up_and_its_finest_level_is_the_finest_detail(R):
+    """The levels, enlarged and added, are the image; flat images and ramps have no fine detail."""
+
+    def doubled(low, size):
+        """The aligned way back by hand: zeros between the pixels, blurred with 4 x the kernel."""
+        row = torch.tensor([1.0, 4, 6, 4, 1]) / 8
+        padded = F.pad(low, (2, 2, 2, 2), 'replicate')
+        spread = torch.zeros(*low.shape[:2], 2 * padded.shape[2], 2 * padded.shape[3])
+        spread[:, :, ::2, ::2] = padded
+        rows = sum(row[k] * spread.roll(k - 2, 2) for k in range(5))
+        both = sum(row[k] * rows.roll(k - 2, 3) for k in range(5))
+        return both[:, :, 4 : 4 + size, 4 : 4 + size]
+
+    x = torch.rand(2, 3, R, R)
     levels = dv.laplacian_pyramid(x)
-    assert [level.shape[-1] for level in levels] == [32, 16, 8]
     again = levels[-1]
+    assert 8 <= again.shape[-1] < 16
     for level in levels[-2::-1]:
-        again = level + F.interpolate(again, scale_factor=2, mode='bilinear')
+        again = level + doubled(again, level.shape[-1])
     assert torch.allclose(again, x, atol=1e-6)
-    of_flat = dv.laplacian_pyramid(torch.full((1, 1, 32, 32), 0.3))
+
+    of_flat = dv.laplacian_pyramid(torch.full((1, 1, R, R), 0.3))
     assert of_flat[0].abs().max() < 1e-6 and torch.allclose(of_flat[-1], torch.tensor(0.3))
+    i = torch.arange(R, dtype=torch.float32)
+    ramps = torch.stack([i.expand(R, R), i[:, None].expand(R, R), 2 * i - 3 * i[:, None]])
+    detail = dv.laplacian_pyramid(ramps[None])[0]
+    assert detail[..., 5:-5, 5:-5].abs().max() < 1e-4  # half a pixel off would make it 0.5 and more
+
+
+def test_distance_of_large_images_needs_little_memory(monkeypatch):
+    """Patches are picked before they are copied: no tensor is much larger than the images."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        nbytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.nbytes = max(self.nbytes, out.untyped_storage().nbytes())
+            return out
+
+    images = torch.rand(4, 3, 256, 256)
+    with Largest() as largest:
+        dv.sliced_wasserstein(images, images.flip(0))
+    assert largest.nbytes < 1.1 * images.nbytes  # all 7x7 patches would be 45 times as much
+
+
+def test_padding_is_not_measured():
+    """The border that pads digits is cut off before a distance; other sets have none."""
+    ours, real = torch.rand(2, 8, 1, 32, 32)
+    painted = ours.clone()
+    painted[..., :2, :] = 1
+    painted[..., -2:] = 0.5
+    assert torch.equal(dv.distance(ours, real, 'mnist'), dv.distance(painted, real, 'mnist'))
+    assert not torch.equal(dv.distance(ours, real, 'shapes'), dv.distance(painted, real, 'shapes'))
 
 
 def test_mixture_of_groups_far_apart_is_mean_and_covariance_of_each():
@@ -3023,7 +3070,9 @@ def test_evaluate_measures_every_model(trained, capsys):
     command = ['evaluate', '--out', trained, '--num', 30, '--calls', '2']
     assert run(*command) == 0
     text = capsys.readouterr().out
-    rows = list(csv.DictReader((trained / 'evaluate.csv').open()))
+    path = trained / 'evaluate-num-30-calls-2.csv'
+    assert text.splitlines()[-1] == str(path)
+    rows = list(csv.DictReader(path.open()))
     table = {row['images']: row for row in rows}
     assert len(table) == 1 + 2 + 3 * 3
     assert {'form1 ddim quadratic, 2 calls', 'uncond ddpm quadratic, 2 calls'} <= set(table)
@@ -3038,11 +3087,13 @@ def test_evaluate_measures_every_model(trained, capsys):
 
     for bad in (
         ['--num', 9000],
+        ['--num', 1],
+        ['--num', 1, '--bits'],
+        ['--gmm', 2],
         ['--calls', '0,5'],
         ['--calls', 1001],
         ['--seeds', 1],
         ['--calls', ','],
-        ['--bits', '--gmm', 2],
     ):
         assert run(*command, '--form', 'uncond', *bad) == 2 and bad[0] in capsys.readouterr().err
 
@@ -3056,6 +3107,38 @@ def test_a_guided_step_counts_as_two_calls(trained):
         assert {row.steps for _, which, row in rows if which == 'refined'} == steps
     with pytest.raises(dv.UserError, match='--calls'):
         dv.evaluation_rows(model, dv.SamplingOptions(calls=(5,), guidance=2.0))
+
+
+def test_rows_say_what_was_measured(trained):
+    """A row of `evaluate` names each setting that is not the default, where it has an effect."""
+    model = dv.load_trained(dv.SamplingOptions(out=trained, form='1'))
+    baseline = dv.load_trained(dv.SamplingOptions(out=trained, form='uncond'))
+    options = dv.SamplingOptions(calls=(4,), temperature=0.9, gmm=3, shared_noise=True, eta=0.5)
+    names = [name for name, _, _ in dv.evaluation_rows(model, options)]
+    assert names[0] == 'form1 drafts, shared-noise True, gmm 3'
+    assert 'form1 ddpm quadratic, 4 calls, temperature 0.9, shared-noise True, gmm 3' in names
+    assert 'form1 ddim quadratic, 4 calls, eta 0.5, temperature 0.9, shared-noise True, gmm 3' in names
+    names = [name for name, _, _ in dv.evaluation_rows(baseline, options)]
+    assert 'uncond ddim quadratic, 4 calls, eta 0.5, temperature 0.9, shared-noise True' in names
+    names = [name for name, _, _ in dv.evaluation_rows(model, dv.SamplingOptions(calls=(4,)))]
+    assert names[0] == 'form1 drafts' and 'form1 ddpm quadratic, 4 calls' in names
+
+
+def test_number_of_images_is_what_there_is(trained, tmp_path, capsys):
+    """On few images `evaluate` takes them all, and says which --num works where it cannot."""
+    for i in range(40):
+        picture(tmp_path / 'data' / f'{i}.png', colour=(6 * i, 0, 200), size=(32, 32))
+    shutil.copytree(trained, tmp_path / 'run')
+    for path in (tmp_path / 'run').glob('*.pt'):
+        saved = torch.load(path, weights_only=True)
+        saved['options']['data'] = str(tmp_path / 'data')
+        torch.save(saved, path)
+    n = len(load_images(str(tmp_path / 'data'), train=False))
+    assert 2 <= n <= 6
+    command = ['evaluate', '--out', tmp_path / 'run', '--form', '1', '--calls', 1]
+    assert run(*command) == 0 and f'Distance to {n} held-out images' in capsys.readouterr().out
+    assert run(*command, '--num', 30) == 2
+    assert f'--num from 2 to {n}' in capsys.readouterr().err
 
 
 def test_models_of_different_data_are_not_compared(trained, tmp_path, capsys):
@@ -3466,6 +3549,13 @@ BAD = [
     (['train', '--stage', 1, '--channels', 32], '--channels: is a setting of stage 2'),
     (['train', '--stage', 2, '--form', 'uncond', '--z-cond'], '--z-cond'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', ''], 'multipliers'),
+    (['train', '--stage', 2, '--form', 'uncond', '--cond-drop', 0.1], '--cond-drop'),
+    (['train', '--stage', 2, '--form', 'uncond', '--z-dim', 8], '--z-dim'),
+    (['train', '--stage', 2, '--form', 'uncond', '--alpha', 8], '--alpha'),
+    (['train', '--stage', 2, '--form', 'uncond', '--signal', 'grey'], '--signal'),
+    (['train', '--stage', 1, '--precision', 'float32'], '--precision: is a setting of stage 2'),
+    (['train', '--stage', 1, '--data', 'mnist', '--flip'], '--flip'),
+    (['train', '--stage', 1, '--root', 'elsewhere'], '--root'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
     (['train', '--stage', 1, '--unknown', 3], '--unknown'),
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], 'heads=5'),
@@ -3479,6 +3569,20 @@ BAD = [
     (['sample', '--steps', 0], '--steps'),
     (['sample', '--eta', 'nan'], '--eta'),
     (['sample', '--sampler', 'magic'], '--sampler'),
+    (['sample', '--eta', 0.5], '--eta: is of --sampler ddim'),
+    (['sample', '--eta', 0.5, '--sampler', 'dpm++'], '--eta: is of --sampler ddim'),
+    (['robust', '--variance', 'large', '--sampler', 'ddim'], '--variance: is of --sampler ddpm'),
+    (['sample', '--data', 'pictures'], '--data: sample reads images for --real and --gmm only'),
+    (['sample', '--root', 'elsewhere'], '--root: sample reads images for --real and --gmm only'),
+    (['sample', '--real', '--gmm', 2], '--gmm: not with --real'),
+    (['sample', '--real', '--steps', 2], '--steps: not with --real'),
+    (['sample', '--real', '--seed', 2], '--seed: not with --real'),
+    (['sample', '--real', '--shared-noise'], '--shared-noise: not with --real'),
+    (['evaluate', '--bits', '--gmm', 2], '--gmm: not with --bits'),
+    (['evaluate', '--bits', '--guidance', 2], '--guidance: not with --bits'),
+    (['evaluate', '--bits', '--temperature', 2], '--temperature: not with --bits'),
+    (['evaluate', '--bits', '--calls', 2], '--calls: not with --bits'),
+    (['evaluate', '--bits', '--seeds', 3], '--seeds: not with --bits'),
     (['sample'], 'train --stage 2'),
     (['paint'], 'paint'),
     ([], 'COMMAND'),
