@@ -1006,6 +1006,43 @@ def hsv_to_rgb(hue, saturation, value):
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+class Progress:
+    """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds.
+
+    after: seconds before the first line, for what is usually done by then.
+    """
+
+    def __init__(self, after=0):
+        self.silent = is_helper()
+        self.next = time.monotonic() + after
+        self.open = False  # whether a line stands that has not been ended
+
+    def show(self, text, end=False):
+        """Print the line now, or drop it if the last one is too recent and this is not the end."""
+        now = time.monotonic()
+        if self.silent or not (end or now >= self.next):
+            return
+        terminal = sys.stdout.isatty()
+        self.next = now + (0.1 if terminal else 10)
+        self.open = not end
+        if terminal:
+            print(f'\r{text}\x1b[K', end='\n' if end else '', flush=True)
+        else:
+            print(text, flush=True)
+
+
+def is_helper():
+    """Whether this is another process than the first of those that torchrun started."""
+    return int(os.environ.get('RANK', 0)) > 0
+
+
+def warn(text):
+    """Print a warning, on a line of its own, beside the line of progress."""
+    if not is_helper():
+        start = '\r\x1b[K' if sys.stderr.isatty() else ''  # the progress is written anew below it
+        print(f'{start}warning: {text}', file=sys.stderr, flush=True)
+
+
 KINDS = ('wide', 'circle', 'tall')  # of shapes: a wide bar, a circle and a tall bar
 
 
@@ -1050,26 +1087,56 @@ def draw_shapes(n, generator, size=32):
     return (255 * images).round().byte(), factors
 
 
-def read_picture(path, size, crop=True):
-    """The picture in a file as uint8 [3, size, size]: its central square, or all of it squeezed.
+# The largest value of a channel in files with more than 8 bits: 10, 12, 14 and 16 bits.
+WHITES = (255, 1023, 4095, 16383, 65535)
 
-    Raises UserError if Pillow cannot read the file.
+
+def read_picture(path, size, crop=True, grey=False):
+    """The picture in a file: uint8 [3, size, size], or [1, size, size] if grey.
+
+    That is its central square, or all of it, squeezed, if not `crop`. Raises UserError if Pillow
+    cannot read the file, or if one cannot know which value is white.
     """
     try:
-        picture = Image.open(path)
+        picture = Image.open(path)  # of a file with several pictures, the first
+        picture.draft(None, (3 * size, 3 * size))  # large JPEGs are decoded at a reduced size
         picture.load()
-    except Exception as error:  # on a broken file its decoders raise nearly anything
+        picture = ImageOps.exif_transpose(picture)  # as the photographer held the camera
+        if picture.mode == 'F' or picture.mode.startswith('I'):
+            picture = to_eight_bits(picture)
+
+        # What is transparent has a colour that nobody was meant to see: it becomes white.
+        if picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
+            picture = picture.convert('RGBA')
+            white = Image.new('RGBA', picture.size, 'white')
+            picture = Image.alpha_composite(white, picture)
+        picture = picture.convert('L' if grey else 'RGB')
+    except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
         raise UserError(f'{path}: {error}') from error
 
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith('I'):  # 16 bits: keep the upper 8, where `convert` would clip
-        picture = picture.convert('I').point(lambda value: value / 256).convert('L')
-    picture = picture.convert('RGB')
     if crop:
         picture = ImageOps.fit(picture, (size, size), method=Image.LANCZOS)
     else:
         picture = picture.resize((size, size))
     return pil_to_tensor(picture)
+
+
+def to_eight_bits(picture):
+    """A grey picture of integers or floats (mode I, I;16 or F) with its white as 255 (mode L)."""
+    whites = WHITES
+    if picture.mode == 'F':
+        whites = (1, *WHITES)
+    else:
+        picture = picture.convert('I')  # 32 bits
+    values = pil_to_tensor(picture).double()
+
+    # A file does not say how many of its bits are used: the fewest that its values need. (`convert`
+    # would clip them at 255.)
+    enough = [white for white in whites if values.max() <= white]
+    if not enough or values.min() < 0:
+        found = f'from {values.min():g} to {values.max():g}'
+        raise UserError(f'values {found}; save it with 8 bits, or from 0 to 1')
+    return to_pil_image((255 / enough[0] * values).round().byte())
 
 
 class Images:
@@ -1086,136 +1153,237 @@ class Images:
         """The images of those indices: floats in [0, 1], [B, C, H, W]."""
         return self.pixels[indices].float() / 255
 
+    def make_grey(self):
+        """Keep one of three equal channels."""
+        self.pixels = self.pixels[:, :1].contiguous()
+
 
 class ImageFiles:
     """A set of images in files, for sets too large for the memory, with the same `batch`."""
 
-    def __init__(self, paths, labels, size, crop=True):
+    def __init__(self, paths, labels, size, crop=True, grey=False):
         self.paths = paths
         self.labels = labels
         self.size = size
         self.crop = crop
-        self.unreadable = set()
+        self.grey = grey
         self.pool = ThreadPoolExecutor()  # Pillow decodes several files at once
 
     def __len__(self):
         return len(self.paths)
 
     def read(self, index):
-        """File `index` as uint8 [3, size, size]; if it is broken, a warning, and the next one."""
-        for offset in range(len(self)):
-            path = self.paths[(int(index) + offset) % len(self)]
-            if path in self.unreadable:
-                continue
-            try:
-                return read_picture(path, self.size, self.crop)
-            except UserError as error:
-                self.unreadable.add(path)
-                print(f'warning: skipped {error}', file=sys.stderr)
-        raise UserError(f'none of {len(self)} image files can be read, e.g. {self.paths[0]}')
+        """The image of that index: uint8 [C, size, size]. UserError if it cannot be read."""
+        return read_picture(self.paths[int(index)], self.size, self.crop, self.grey)
 
-    def read_all(self, indices):
-        """The images of those indices: uint8 [B, 3, size, size]."""
-        return torch.stack(list(self.pool.map(self.read, indices)))
+    def read_or_error(self, index):
+        """The image of that index, or the UserError for it."""
+        try:
+            return self.read(index)
+        except UserError as error:
+            return error
 
     def batch(self, indices):
         """The images of those indices: floats in [0, 1], [B, C, H, W]."""
-        return self.read_all(indices).float() / 255
+        return torch.stack(list(self.pool.map(self.read, indices))).float() / 255
+
+    def make_grey(self):
+        """Keep one of three equal channels."""
+        self.grey = True
 
 
-def in_memory_if_small(files):
-    """Read `ImageFiles` at once if their pixels fit into 1 GB."""
-    if 3 * files.size**2 * len(files) > 1e9:
-        return files
-    return Images(files.read_all(range(len(files))), files.labels)
+def readable(files):
+    """Read all of `ImageFiles` once: those that can be read, in memory if they fit into 1 GB.
+
+    What cannot be read is counted in one line: so it is neither trained on nor measured. Progress
+    is shown if it takes more than three seconds.
+    """
+    channels = 1 if files.grey else 3
+    in_memory = channels * files.size**2 * len(files) <= 1e9
+    progress = Progress(after=3)
+    indices = []
+    pixels = []
+    errors = []
+    for index, image in enumerate(files.pool.map(files.read_or_error, range(len(files)))):
+        progress.show(f'reading pictures: {index} of {len(files)}')
+        if isinstance(image, UserError):
+            errors.append(image)
+            continue
+        indices.append(index)
+        if in_memory:
+            pixels.append(image)
+
+    if progress.open:
+        progress.show(f'read {len(files)} pictures', end=True)
+    if errors:
+        count = f'{len(errors)} of {len(files)} image files cannot be read'
+        warn(f'{count} and are left out; the first is {errors[0]}')
+    labels = {name: values[indices] for name, values in files.labels.items()}
+    if in_memory and pixels:
+        return Images(torch.stack(pixels), labels)
+    paths = [files.paths[index] for index in indices]
+    return ImageFiles(paths, labels, files.size, files.crop, files.grey)
 
 
-def load_shapes(data, root, size, train):
+def load_shapes(data, root, size, train, grey):
     """20,000 shapes to train on, 2,000 held out."""
     n = 20_000 if train else 2_000
     pixels, factors = draw_shapes(n, make_generator('shapes', train), size)
     return Images(pixels, factors)
 
 
-def load_torchvision(dataset, root, **split):
-    """A set that torchvision can download, below the folder `root`, or a UserError."""
+def load_torchvision(dataset, root, files, **split):
+    """A set that torchvision can download, below the folder `root`, or a UserError.
+
+    files: what it finds there if it was downloaded by hand, from that folder on.
+    """
     try:
         return dataset(root, download=True, **split)
     except (OSError, RuntimeError, ValueError, ImportError) as error:
-        folder = getattr(dataset, 'base_folder', f'{dataset.__name__}/raw')
-        raise UserError(f'--data: not in {root}/{folder}; no download: {error}') from error
+        raise UserError(f'--data: no {root}/{files}; no download: {error}') from error
 
 
-def load_grey(data, root, size, train):
+def load_grey(data, root, size, train, grey):
     """Digits or clothes: 60,000 to train on, 10,000 held out, 28x28 with a border of 2 pixels."""
+    files = 'raw/train-images-idx3-ubyte and the three files beside it'
     if data == 'mnist':
-        found = load_torchvision(datasets.MNIST, root, train=train)
+        found = load_torchvision(datasets.MNIST, root, f'MNIST/{files}', train=train)
         label = 'digit'
     else:
-        found = load_torchvision(datasets.FashionMNIST, root, train=train)
+        found = load_torchvision(datasets.FashionMNIST, root, f'FashionMNIST/{files}', train=train)
         label = 'class'
     pixels = F.pad(found.data[:, None], (2, 2, 2, 2))  # [N, 1, 32, 32]
     return Images(pixels, {label: torch.as_tensor(found.targets)})
 
 
-def load_cifar10(data, root, size, train):
+def load_cifar10(data, root, size, train, grey):
     """50,000 photographs of ten classes to train on, 10,000 held out."""
-    found = load_torchvision(datasets.CIFAR10, root, train=train)
+    files = 'cifar-10-batches-py/data_batch_1 and the other files of that archive'
+    found = load_torchvision(datasets.CIFAR10, root, files, train=train)
     pixels = rearrange(torch.from_numpy(found.data), 'n y x c -> n c y x')
     return Images(pixels, {'class': torch.as_tensor(found.targets)})
 
 
-def load_celeba(data, root, size, train):
+def load_celeba(data, root, size, train, grey):
     """162,770 faces to train on, 19,962 held out, with 40 attributes such as Smiling.
 
     As the authors do, the 178x218 pixels are squeezed to a square without a crop. To download the
     set torchvision needs the package gdown.
     """
-    found = load_torchvision(datasets.CelebA, root, split='train' if train else 'test')
+    files = 'celeba/img_align_celeba/000001.jpg, or no celeba/list_attr_celeba.txt and the other '
+    files += 'lists beside it: put them there, or install the package gdown'
+    split = 'train' if train else 'test'
+    found = load_torchvision(datasets.CelebA, root, files, split=split)
     paths = [f'{root}/celeba/img_align_celeba/{name}' for name in found.filename]
     labels = {name: found.attr[:, i] for i, name in enumerate(found.attr_names) if name}
-    return in_memory_if_small(ImageFiles(paths, labels, size, crop=False))
+    return ImageFiles(paths, labels, size, crop=False)
 
 
-PICTURES = {'.png', '.jpg', '.jpeg', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'}
+def name_hash(path, folder):
+    """A number from 0 to 1, exclusive, that depends on a file's name below the folder alone."""
+    name = path.relative_to(folder).as_posix()
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], 'big') / 2**64
 
 
-def load_folder(data, root, size, train):
+def files_below(folder, seen):
+    """The files below a folder, but hidden ones, and through links; `seen`: folders so far."""
+    # A link may lead back up: no folder is entered twice.
+    real = folder.resolve()
+    if real in seen:
+        return []
+    seen.add(real)
+    found = []
+    for path in sorted(folder.iterdir()):
+        # Hidden are, for example, the files ._name.jpg that a Mac leaves beside each name.jpg.
+        if path.name.startswith('.'):
+            continue
+        if path.is_dir():
+            found += files_below(path, seen)
+        else:
+            found.append(path)
+    return found
+
+
+def pictures_below(folder):
+    """The paths of all pictures below a folder: at least two, or a UserError."""
+    data = f'--data {folder}'
+    if not folder.exists():
+        raise UserError(f'{data}: no such folder, and not one of {", ".join(DATA_SETS)}')
+    if not folder.is_dir():
+        raise UserError(f'{data}: a file; give the folder that the pictures are in')
+    files = files_below(folder, set())
+    if not files:
+        raise UserError(f'{data}: an empty folder')
+
+    # A picture has the suffix of a format that Pillow can read.
+    Image.init()
+    suffixes = {name for name, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    pictures = [path for path in files if path.suffix.lower() in suffixes]
+    if not pictures:
+        found = ', '.join(sorted({path.suffix or path.name for path in files})[:5])
+        raise UserError(f'{data}: no images, but {len(files)} other files ({found})')
+    if len(pictures) < 2:
+        raise UserError(f'{data}: needs at least 2 images, found 1')
+    return pictures
+
+
+def first_readable(paths, size):
+    """The first of the paths whose picture can be read, in a list; [] if there is none."""
+    for path in paths:
+        try:
+            read_picture(path, size)
+            return [path]
+        except UserError:
+            continue
+    return []
+
+
+def load_folder(data, root, size, train, grey):
     """All pictures below the folder `data`. Held out are the 5% of names with the lowest hash."""
-
     # By a hash of the name, not by chance: so held-out pictures stay held out when files are added.
-    # (Not in a folder of a few dozen, where the 5% may be none, and the lowest hash is held out.)
-    def name_hash(path):
-        return hashlib.sha256(path.relative_to(data).as_posix().encode()).digest()
+    folder = Path(data)
+    paths = sorted(pictures_below(folder), key=lambda path: name_hash(path, folder))
+    held_out = [path for path in paths if name_hash(path, folder) < 0.05]
+    training = paths[len(held_out) :]
 
-    paths = [path for path in Path(data).rglob('*') if path.suffix.lower() in PICTURES]
-    paths = sorted(paths, key=name_hash)
-    held_out = max(1, sum(name_hash(path)[0] < 0.05 * 256 for path in paths))
-    if len(paths) <= held_out:
-        names = ', '.join(DATA_SETS)
-        raise UserError(f'--data {data}: neither one of {names}, nor a folder of images')
-    paths = paths[held_out:] if train else paths[:held_out]
-    return in_memory_if_small(ImageFiles(paths, {}, size))
+    # Of less than about a hundred files the 5% may be none: then the first image is held out.
+    if not first_readable(held_out, size):
+        held_out = first_readable(training, size)
+        training = [path for path in training if path not in held_out]
+    chosen = training if train else held_out
+    images = readable(ImageFiles(chosen, {}, size, grey=bool(grey)))
+    if len(images) == 0:
+        raise UserError(f'--data {data}: needs at least 2 images that can be read')
+    return images
+
+
+def is_grey(images):
+    """Whether the first 1000 images have three equal channels."""
+    for indices in torch.arange(min(1000, len(images))).split(50):
+        x = images.batch(indices)
+        if not torch.equal(x, x[:, :1].expand_as(x)):
+            return False
+    return True
 
 
 @dataclass
 class DataSet:
     """What the program must know of a set of images."""
 
-    load: Callable  # (data, root, size, train) -> Images or ImageFiles
+    load: Callable  # (data, root, size, train, grey) -> Images or ImageFiles
     size: int = 32  # height and width, unless --size says otherwise
     sizes: range = range(32, 33)  # what --size may say
-    channels: int = 3
+    grey: bool | None = False  # whether images have one channel; None: one must look
     padding: int = 0  # pixels that `load` added on each side, to be cut off in pictures
     mirror: bool = True  # whether a mirrored image could be of the set: not a digit
     rooted: bool = True  # whether its files are below --root
 
 
-FOLDER = DataSet(load_folder, sizes=range(1, 4097), rooted=False)
+FOLDER = DataSet(load_folder, sizes=range(1, 4097), grey=None, rooted=False)
 DATA_SETS = {
     'shapes': DataSet(load_shapes, sizes=range(16, 65), rooted=False),
-    'mnist': DataSet(load_grey, channels=1, padding=2, mirror=False),
-    'fashion': DataSet(load_grey, channels=1, padding=2, mirror=False),
+    'mnist': DataSet(load_grey, grey=True, padding=2, mirror=False),
+    'fashion': DataSet(load_grey, grey=True, padding=2, mirror=False),
     'cifar10': DataSet(load_cifar10),
     'celeba': DataSet(load_celeba, size=64, sizes=range(16, 4097)),
 }
@@ -1231,12 +1399,14 @@ def full_path(data):
     return data if data in DATA_SETS else str(Path(data).resolve())
 
 
-def load_images(data, root, size, train):
-    """The training or the held-out images of a named set or of a folder; else a UserError."""
+def load_images(options, train):
+    """The training or the held-out images that the `TrainingOptions` name; else a UserError."""
+    data = options.data
+    size = options.size
     sizes = data_set(data).sizes
     if size not in sizes:
         raise UserError(f'--size {size}: --data {data} has from {sizes[0]} to {sizes[-1]}')
-    return data_set(data).load(data, root, size, train)
+    return data_set(data).load(data, options.root, size, train, options.grey)
 
 
 def without_padding(images, data):
@@ -1301,7 +1471,7 @@ def or_warn(write, *arguments):
     try:
         write(*arguments)
     except UserError as error:
-        print(f'warning: {error}', file=sys.stderr)
+        warn(error)
 
 
 def write_atomically(path, write):
@@ -1423,6 +1593,7 @@ class TrainingOptions:
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
     data: str = option(f'{", ".join(DATA_SETS)} (needs gdown), or a folder')
     root: str = option('folder where the files of a named set are, or go', free=True)
+    grey: bool = option('whether images have one channel: found by looking', commands=())
     out: str = option('folder of the run (default runs/<data>)', free=True)
     size: int = option('height and width of the images (default 32; celeba 64)', low=16, high=4096)
     flip: bool = option('mirror images at random (default in stage 2; never mnist, fashion)')
@@ -1453,7 +1624,7 @@ class TrainingOptions:
 
 
 # What stage 2 takes over from stage 1, with the VAE itself.
-INHERITED = ('preset', 'data', 'root', 'size', 'z_dim', 'alpha', 'signal')
+INHERITED = ('preset', 'data', 'root', 'grey', 'size', 'z_dim', 'alpha', 'signal')
 
 
 def vae_layout(options):
@@ -1502,7 +1673,9 @@ def resolve(typed, before, path):
     settings['data'] = full_path(settings['data'])
     settings['root'] = str(Path(settings['root']).resolve())
 
-    # Two settings follow from others where nobody says them.
+    # Three settings follow from others where nobody says them.
+    if settings.get('grey') is None:
+        settings['grey'] = data_set(settings['data']).grey
     if 'size' not in settings:
         settings['size'] = data_set(settings['data']).size
     if 'z_dim' not in settings and preset == 'small':
@@ -1551,8 +1724,6 @@ def refuse_what_is_ignored(given, defaults, settings):
         refuse(given, ('root',), f'--data {data} has no files below it')
     if not data_set(data).mirror:
         refuse(given, ('flip',), f'images of --data {data} are never mirrored')
-    if settings['signal'] == 'grey' and data_set(data).channels == 1:
-        raise UserError(f'--signal grey: the images of --data {data} are grey already')
 
 
 # Commands that draw chains of one kind, and commands that draw z from the prior.
@@ -1644,6 +1815,15 @@ def check_model(options, settings, path):
 # makes the same weights, bit for bit, as one that is not (on one machine, with as many threads).
 
 
+def cpu_has_fast_bfloat16():
+    """Whether this CPU multiplies bfloat16 in hardware, and fast; only Linux tells."""
+    try:
+        cpu = Path('/proc/cpuinfo').read_text()
+    except OSError:
+        return False
+    return 'amx_bf16' in cpu or ('avx512_bf16' in cpu and 'AuthenticAMD' in cpu)
+
+
 class Machine(NamedTuple):
     """Where a command runs: torchrun starts `world` processes, of which this one is `rank`."""
 
@@ -1669,10 +1849,9 @@ def choose_machine(name):
     fast = False
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
     elif device.type == 'cpu':
-        cpu = torch.cpu.get_capabilities()
-        fast = cpu.get('amx_bf16') or (cpu.get('avx512_bf16') and 'AMD' in cpu['cpu_name'])
+        fast = cpu_has_fast_bfloat16()
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     rank = int(os.environ.get('RANK', 0))
@@ -1680,28 +1859,9 @@ def choose_machine(name):
     return Machine(device, 'bfloat16' if fast else 'float32', rank, world)
 
 
-class Progress:
-    """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds."""
-
-    def __init__(self, rank=0):
-        self.silent = rank > 0  # of several processes one reports
-        self.last = -math.inf
-
-    def show(self, text, end=False):
-        """Print the line now, or drop it if the last one is too recent and this is not the end."""
-        terminal = sys.stdout.isatty()
-        if self.silent or not (terminal or end or time.monotonic() - self.last > 10):
-            return
-        self.last = time.monotonic()
-        if terminal:
-            print(f'\r{text}\x1b[K', end='\n' if end else '', flush=True)
-        else:
-            print(text, flush=True)
-
-
 def build(options):
     """The module of a stage with fresh weights: a VAE for stage 1, a DiffuseVAE for stage 2."""
-    channels = data_set(options.data).channels
+    channels = 1 if options.grey else 3
     vae = None
     if options.stage == 1 or options.form != 'uncond':
         encoder, decoder, widths = vae_layout(options)
@@ -1804,9 +1964,6 @@ def training_inputs(model, images, options, step, machine):
     mirrored = torch.rand(options.batch, 1, 1, 1, generator=generator) < 0.5 * options.flip
     inputs = model.random_inputs(options.batch, generator)
 
-    # Dropout draws from torch's own generator.
-    torch.manual_seed(seed_of(options.seed, 'dropout', step, machine.rank))
-
     # Of `world` processes each takes every world-th image.
     share = slice(machine.rank, None, machine.world)
     x = images.batch(indices[share])
@@ -1901,9 +2058,9 @@ class TrainingRun:
         losses = []
         started = time.monotonic()
         saved_at = started
-        for step in range(first, options.steps):
-            # Which images, and which noise: a function of (seed, step) alone.
-            inputs = training_inputs(self.model, images, options, step, self.machine)
+        for step, inputs in self.inputs_of_all_steps(images):
+            # Dropout draws from torch's own generator.
+            torch.manual_seed(seed_of(options.seed, 'dropout', step, self.machine.rank))
 
             # Adam divides a gradient by its usual size, which it does not know yet in the first
             # steps: the learning rate rises to its value, lest those steps be wild.
@@ -1923,6 +2080,7 @@ class TrainingRun:
             values = torch.stack(losses)  # [steps, len(metrics) + 1]
             losses = []
             self.require_finite(values)
+            self.warn_of_an_empty_code(values)
             rate = (self.step - first) / (time.monotonic() - started)
             means = values.mean(dim=0).tolist()
             self.rows.append([self.step, *means, lr, round(rate * options.batch, 1)])
@@ -1933,6 +2091,41 @@ class TrainingRun:
             if due and self.machine.rank == 0:
                 self.save(shown)
                 saved_at = time.monotonic()
+
+    def inputs_of_all_steps(self, images):
+        """Generate (step, inputs) from the step where the run is to the last one.
+
+        Inputs are a function of (seed, step) alone. So a thread can prepare those of the next step,
+        which may be read from files, while the device computes this one.
+        """
+
+        def inputs_of(step):
+            return training_inputs(self.model, images, self.options, step, self.machine)
+
+        last = self.options.steps - 1
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            coming = thread.submit(inputs_of, self.step)
+            for step in range(self.step, last + 1):
+                inputs = coming.result()
+                if step < last:
+                    coming = thread.submit(inputs_of, step + 1)
+                yield step, inputs
+
+    def warn_of_an_empty_code(self, values):
+        """Stage 1: say so, at step 300 and at the end, if all images have the same code.
+
+        values: losses and gradient norms of the last steps, [steps, len(metrics) + 1].
+        """
+        last = max(300, self.options.steps)
+        if self.options.stage == 2 or self.step not in (300, last):
+            return
+        kl = values[:, self.model.metrics.index('kl')].mean().item()
+        if kl < 0.05:
+            warn(
+                f'step {self.step}: the code carries nothing (KL {kl:.2g}): all drafts are the '
+                'same mean picture; more --steps or a smaller --alpha may help, unless the images '
+                'are all alike'
+            )
 
     def require_finite(self, values):
         """Stop the run at a loss or a gradient that is nan or infinite: its weights are lost."""
@@ -1957,6 +2150,24 @@ class TrainingRun:
         return f'step {self.step}/{self.options.steps}  {losses}  {images}'
 
 
+def load_both(options, progress):
+    """The training and the held-out images. Completes `options.grey`, by looking at them."""
+    data = f'--data {options.data}'
+    images = load_images(options, train=True)
+    if options.grey is None:
+        options.grey = is_grey(images)
+        if options.grey:
+            progress.show(f'{data}: grey images, of one channel', end=True)
+            images.make_grey()
+    if options.grey and options.signal == 'grey':
+        raise UserError(f'--signal grey: the images of {data} are grey already')
+
+    held_out = load_images(options, train=False)
+    count = f'{len(images)} training and {len(held_out)} held-out images'
+    progress.show(f'{data}: {count}', end=True)
+    return images, held_out
+
+
 def train(typed):
     """The command `train`: start, resume or extend a run of a stage. Returns the exit code."""
     stage = typed.stage
@@ -1964,7 +2175,7 @@ def train(typed):
     data = typed.data or PRESETS[typed.preset or 'small']['both']['data']
     out = typed.out or f'runs/{Path(data).resolve().name}'
     machine = choose_machine(typed.device)
-    progress = Progress(machine.rank)
+    progress = Progress()
 
     # Where the run starts: at its own checkpoint, else, in stage 2, at that of stage 1.
     path, saved = load_checkpoint(out, stage, form)
@@ -1991,8 +2202,7 @@ def train(typed):
     how = f'on {machine.device} in {options.precision or "float32"}'
     progress.show(f'{path}: steps {done} to {options.steps} {how}', end=True)
 
-    images = load_images(options.data, options.root, options.size, train=True)
-    held_out = load_images(options.data, options.root, options.size, train=False)
+    images, held_out = load_both(options, progress)
     shown = held_out.batch(range(min(16, len(held_out)))).to(machine.device)
     model = build(options) if saved else initialise(options, parent, source, images)
     run = TrainingRun(options, path, machine, model.to(machine.device), saved)
@@ -2023,7 +2233,7 @@ class Trained(NamedTuple):
 
     def images(self, train):
         """The training or the held-out images."""
-        return load_images(self.options.data, self.options.root, self.options.size, train)
+        return load_images(self.options, train)
 
     def write_picture(self, name, rows, columns=()):
         """Write rows [(label, images)] beside the checkpoint, and say where."""
@@ -2163,7 +2373,7 @@ def write_folder(options, trained, num, names, draw):
     """
     folder = Path(options.png)
     machine = choose_machine(options.device)
-    progress = Progress(machine.rank)
+    progress = Progress()
 
     # Images of other settings, or of another model, must not end up in the same folder.
     # (Where files are and on which device they are made does not matter.)

@@ -60,6 +60,7 @@ import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import timeit
 import types
@@ -1432,7 +1433,9 @@ def config(stage=2, **given):
 
 def load_images(data, root='data', size=32, train=True):
     """A set of images, by default the training images of 32x32 pixels."""
-    return dv.load_images(data, root, size, train)
+    grey = dv.data_set(data).grey
+    options = dv.TrainingOptions(data=str(data), root=str(root), size=size, grey=grey)
+    return dv.load_images(options, train)
 
 
 CPU = dv.Machine(torch.device('cpu'), 'float32', rank=0, world=1)
@@ -1487,6 +1490,11 @@ def test_shapes_are_held_out_by_another_seed():
     held_out = load_images('shapes', train=False)
     known = {image.numpy().tobytes() for image in train.pixels}
     assert not any(image.numpy().tobytes() in known for image in held_out.pixels[:100])
+
+
+def trainable_vae():
+    """The VAE of `tiny`, which is frozen there."""
+    return tiny().vae.requires_grad_(True)
 
 
 def mnist_files(root, name='MNIST', n=40):
@@ -1557,16 +1565,180 @@ def test_folder_of_mixed_images(tmp_path, capsys):
 
     train = load_images(tmp_path, size=16, train=True)
     held_out = load_images(tmp_path, size=16, train=False)
-    assert len(train) + len(held_out) == 36 and len(held_out) >= 1
+    assert len(train) + len(held_out) == 35 and len(held_out) >= 1
     assert train.pixels.shape[1:] == (3, 16, 16)
-    assert 'broken.png' in capsys.readouterr().err  # the next one stands for it
+    message = capsys.readouterr().err
+    assert 'broken.png' in message and message.count('cannot be read') == 1
 
 
-def test_folder_sixteen_bits_are_scaled_not_clipped(tmp_path):
-    """A 16-bit grey of 128 * 256 is an 8-bit grey of 128."""
-    for i in range(2):
-        Image.new('I;16', (8, 8), 128 * 256).save(tmp_path / f'{i}.png')
-    assert (255 * load_images(tmp_path, size=8).batch([0])).round().unique().tolist() == [128]
+def of_values(values, mode):
+    """A picture of one row of values in a mode of Pillow."""
+    kinds = {'I': np.int32, 'I;16': np.uint16, 'F': np.float32}
+    return Image.fromarray(np.array([values], dtype=kinds[mode]))
+
+
+def with_alpha(mode, hidden, alpha):
+    """A picture of one colour that is hidden by its alpha channel."""
+    picture = Image.new('RGBA', (4, 4), (*hidden, alpha))
+    return picture.convert(mode)
+
+
+def palette_with_a_transparent_entry(path):
+    """A GIF of two pixels: one of a transparent entry of the palette, which is red, one blue."""
+    picture = Image.new('P', (2, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    picture.putdata([0, 1])
+    picture.save(path, transparency=0)
+
+
+PIXELS = {  # a name: (the picture, the suffix of its file, its pixels)
+    'black and white': (Image.new('1', (2, 1), 1), 'png', [255, 255]),
+    'grey': (Image.new('L', (2, 1), 77), 'png', [77, 77]),
+    'grey, transparent': (with_alpha('LA', (9, 9, 9), 0), 'png', [255, 255]),
+    'grey, half transparent': (with_alpha('LA', (100, 100, 100), 51), 'png', [224, 224]),
+    'colour, transparent': (with_alpha('RGBA', (200, 0, 0), 0), 'png', [(255, 255, 255)] * 2),
+    'colour, half of it': (with_alpha('RGBA', (200, 0, 0), 102), 'webp', None),
+    'colour': (Image.new('RGB', (2, 1), (1, 2, 3)), 'bmp', [(1, 2, 3)] * 2),
+    'inks': (Image.new('CMYK', (2, 1), (255, 0, 0, 0)), 'tiff', [(0, 255, 255)] * 2),
+    '16 bits': (of_values([0, 0x8080, 0xFFFF], 'I;16'), 'png', [0, 128, 255]),
+    '12 bits in 16': (of_values([0, 2048, 4095], 'I;16'), 'tiff', [0, 128, 255]),
+    '32 bits': (of_values([0, 0x8080, 0xFFFF], 'I'), 'tiff', [0, 128, 255]),
+    'floats to 1': (of_values([0, 0.5, 1], 'F'), 'tiff', [0, 128, 255]),
+    'floats to 255': (of_values([0, 127.6, 255], 'F'), 'tiff', [0, 128, 255]),
+}
+
+
+@pytest.mark.parametrize('name', PIXELS)
+def test_pixels_of_every_mode(tmp_path, name):
+    """White is white and black is black in every mode; what is transparent becomes white."""
+    picture, suffix, pixels = PIXELS[name]
+    path = tmp_path / f'x.{suffix}'
+    picture.save(path, **({'lossless': True} if suffix == 'webp' else {}))
+    found = dv.read_picture(path, 25).float()
+    assert found.shape == (3, 25, 25)
+    if pixels is None:  # 102 of 255 are 40% of red on white
+        pixels = [(233, 153, 153)] * 2
+    expected = torch.tensor(pixels[len(pixels) // 2]).expand(3)
+    middle = found[:, 12, 12]
+    assert (middle - expected).abs().max() <= 1
+    grey = dv.read_picture(path, 25, grey=True).float()
+    luma = (expected * torch.tensor([0.299, 0.587, 0.114])).sum()
+    assert grey.shape == (1, 25, 25) and abs(grey[0, 12, 12] - luma) <= 1
+
+
+def test_pictures_with_a_transparent_entry_or_no_known_white(tmp_path):
+    """A palette's transparent entry is white; values without a known white are an error."""
+    palette_with_a_transparent_entry(tmp_path / 'x.gif')
+    found = dv.read_picture(tmp_path / 'x.gif', 1, crop=False)
+    assert found.shape == (3, 1, 1)
+    found = dv.read_picture(tmp_path / 'x.gif', 2, crop=False)[:, 0].T.tolist()
+    assert found == [[255, 255, 255], [0, 0, 255]]
+
+    for i, values in enumerate(([0.0, 1e6], [-1.0, 0.5], [math.nan, 1.0])):
+        of_values(values, 'F').save(tmp_path / f'{i}.tiff')
+        with pytest.raises(dv.UserError, match=f'{i}.tiff: values from .* 8 bits'):
+            dv.read_picture(tmp_path / f'{i}.tiff', 8)
+
+
+def test_photographs_are_turned_upright_and_decoded_small(tmp_path, monkeypatch):
+    """EXIF's orientation is obeyed; a JPEG is decoded at a fraction of its size."""
+    photograph = Image.new('RGB', (1600, 1200), (200, 30, 30))
+    photograph.paste((30, 30, 200), (0, 0, 800, 1200))  # the left half is blue
+    exif = photograph.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees: left comes to the top
+    photograph.save(tmp_path / 'x.jpg', exif=exif, quality=95)
+
+    sizes = []
+    exif_transpose = dv.ImageOps.exif_transpose
+
+    def recorded(picture):
+        sizes.append(picture.size)
+        return exif_transpose(picture)
+
+    monkeypatch.setattr(dv.ImageOps, 'exif_transpose', recorded)
+    found = dv.read_picture(tmp_path / 'x.jpg', 32).float()
+    assert sizes == [(200, 150)]
+    for y, colour in ((4, (30, 30, 200)), (28, (200, 30, 30))):
+        assert (found[:, y, 16] - torch.tensor(colour)).abs().max() < 6
+
+
+def test_every_picture_of_a_folder_is_found(tmp_path):
+    """All formats of Pillow, upper case, linked folders once; hidden files are no pictures."""
+    for i, name in enumerate(('a.jfif', 'b.PNG', 'c.Webp', 'd.JP2', 'sub/e.tif', 'sub/deep/f.ppm')):
+        picture(tmp_path / 'data' / name, colour=(40 * i, 0, 9))
+    for name in ('._b.PNG', '.hidden/g.png'):
+        picture(tmp_path / 'data' / name)
+    picture(tmp_path / 'elsewhere' / 'h.png', colour=(255, 255, 9))
+    (tmp_path / 'data' / 'link').symlink_to(tmp_path / 'elsewhere')
+    (tmp_path / 'elsewhere' / 'circle').symlink_to(tmp_path / 'data')
+    names = {path.name for path in dv.pictures_below(tmp_path / 'data')}
+    assert names == {'a.jfif', 'b.PNG', 'c.Webp', 'd.JP2', 'e.tif', 'f.ppm', 'h.png'}
+    reds = []
+    for train in (True, False):
+        reds += load_images(tmp_path / 'data', size=8, train=train).pixels[:, 0, 4, 4].tolist()
+    expected = [0, 40, 80, 120, 160, 200, 255]
+    assert all(abs(a - b) <= 3 for a, b in zip(sorted(reds), expected, strict=True))
+
+
+def test_unreadable_files_leave_the_set_before_it_is_split(tmp_path, capsys):
+    """20 pictures and 20 broken files are 20 images, each once, and one of them is held out."""
+    for i in range(20):
+        picture(tmp_path / f'{i}.png', colour=(10 * i, 0, 0))
+        (tmp_path / f'broken{i}.png').write_bytes(b'junk')
+    reds = []
+    for train in (True, False):
+        reds += load_images(tmp_path, size=8, train=train).pixels[:, 0, 0, 0].tolist()
+        assert capsys.readouterr().err.count('\n') <= 1
+    assert sorted(reds) == [10 * i for i in range(20)]
+
+    # Also where all files that would be held out are broken.
+    paths = sorted(tmp_path.glob('*.png'), key=lambda path: dv.name_hash(path, tmp_path))
+    while dv.name_hash(paths[0], tmp_path) < 0.05:
+        paths.pop(0).write_bytes(b'junk')
+    assert len(load_images(tmp_path, size=8, train=False)) == 1
+
+
+def test_what_is_wrong_with_a_folder(tmp_path):
+    """Missing, a file, empty, without pictures, one picture, all broken: each its own message."""
+    (tmp_path / 'file.png').write_text('a file')
+    for name in ('empty', 'texts', 'one', 'broken'):
+        (tmp_path / name).mkdir()
+    for name in ('a.txt', 'b.mp4'):
+        (tmp_path / 'texts' / name).write_text('no picture')
+    picture(tmp_path / 'one' / 'a.png')
+    for name in ('a.png', 'b.png'):
+        (tmp_path / 'broken' / name).write_bytes(b'junk')
+    said = {
+        'missing': 'no such folder, and not one of shapes, mnist',
+        'file.png': 'a file; give the folder',
+        'empty': 'an empty folder',
+        'texts': r'no images, but 2 other files \(.mp4, .txt\)',
+        'one': 'needs at least 2 images, found 1',
+        'broken': 'needs at least 2 images that can be read',
+    }
+    for name, message in said.items():
+        with pytest.raises(dv.UserError, match=f'{name}: {message}'):
+            load_images(tmp_path / name, size=8)
+
+
+def test_grey_pictures_are_one_channel_in_both_stages(tmp_path, capsys):
+    """Found by looking, said once, kept in the checkpoint, and then also of new colour pictures."""
+    out = ['--out', tmp_path / 'o']
+    for i in range(30):
+        picture(tmp_path / 'data' / f'{i}.png', colour=(8 * i, 8 * i, 8 * i), size=(32, 32))
+    command = ['train', '--stage', 1, '--steps', 2, '--data', tmp_path / 'data', *out]
+    assert run(*command, *FEW) == 0
+    assert capsys.readouterr().out.count('grey images, of one channel') == 1
+    saved = torch.load(tmp_path / 'o' / 'stage1.pt', weights_only=True)
+    assert saved['options']['grey'] is True and saved['ema']['head.bias'].shape == (1,)
+
+    picture(tmp_path / 'data' / 'red.png', size=(32, 32))
+    assert run('train', '--stage', 2, '--steps', 2, *SMALL, *out) == 0
+    assert run('reconstruct', '--steps', 1, '--num', 1, *out) == 0
+
+    # One picture in colour is enough for three channels.
+    command[-1] = tmp_path / 'colour'
+    assert run(*command, *FEW) == 0 and 'one channel' not in capsys.readouterr().out
 
 
 def test_folder_is_cropped_at_the_centre(tmp_path):
@@ -1597,18 +1769,35 @@ def test_folder_held_out_images_stay_held_out(tmp_path):
     assert 5 <= len(held_out) <= 30
 
 
-def test_large_sets_are_read_from_files_when_asked_for(tmp_path):
-    """Over 1 GB only names are kept; an unreadable file gives way to the next."""
-    paths = [str(tmp_path / f'{i}.png') for i in range(100_000)]
-    for i in (7, 6, 300):
-        Image.new('RGB', (64, 64), (i % 256, 0, 0)).save(paths[i])
-    files = dv.ImageFiles(paths, {}, size=64)
-    images = dv.in_memory_if_small(files)  # 1.2 GB; all other files would be errors
-    assert images is files
-    assert len(images) == 100_000 and not images.unreadable
-    x = images.batch(torch.tensor([7, 5, 300]))
-    assert (255 * x[:, 0, 0, 0]).round().tolist() == [7, 6, 300 % 256]
-    assert images.unreadable == {paths[5]}
+def test_large_sets_are_read_from_files_when_asked_for(tmp_path, monkeypatch, capsys):
+    """Over 1 GB only names are kept; what cannot be read leaves the set before it is used."""
+    reds = {}
+    for i in range(40):
+        path = tmp_path / f'{i}.png'
+        picture(path, (i, 0, 0), (9, 9))
+        reds[str(path)] = i
+    (tmp_path / '7.png').write_bytes(b'junk')
+    read_picture = dv.read_picture
+
+    def tiny_for_size_5000(path, size, crop, grey):
+        return read_picture(path, 8, crop, grey)
+
+    monkeypatch.setattr(dv, 'read_picture', tiny_for_size_5000)
+    files = dv.ImageFiles(
+        sorted(reds), {'red': torch.tensor([reds[p] for p in sorted(reds)])}, 5000
+    )
+    images = dv.readable(files)
+    assert isinstance(images, dv.ImageFiles) and len(images) == 39
+    assert capsys.readouterr().err.count('1 of 40 image files cannot be read') == 1
+    indices = torch.tensor([7, 5, 38])
+    x = images.batch(indices)
+    assert x.shape == (3, 3, 8, 8) and 7 not in images.labels['red']
+    assert (255 * x[:, 0, 0, 0]).round().tolist() == images.labels['red'][indices].tolist()
+
+    # A file that is lost later is an error, and no other image stands for it.
+    Path(images.paths[5]).unlink()
+    with pytest.raises(dv.UserError, match=Path(images.paths[5]).name):
+        images.batch(indices)
 
 
 # ---- 2. VAE --------------------------------------------------------------------------------------
@@ -2338,29 +2527,87 @@ def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
         assert not torch.equal(a, b)
 
 
-def test_dropout_is_a_function_of_seed_step_and_process():
+def test_dropout_is_a_function_of_seed_step_and_process(tmp_path, monkeypatch):
     """torch's own generator, from which dropout draws, is seeded anew for each step."""
     images = dv.Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), {})
-    vae = tiny().vae
 
-    def draw(seed, step, rank):
-        machine = CPU._replace(rank=rank, world=2)
-        dv.training_inputs(vae, images, config(1, batch=2, seed=seed), step, machine)
-        return torch.rand(1).item()
+    def draws(seed, rank, first=0):
+        """What dropout would draw in each step of a run."""
+        drawn = []
 
-    first = draw(0, 0, 0)
-    others = [draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1)]
-    assert draw(0, 0, 0) == first and len({first, *others}) == 4
+        def training_step(model, optimizer, inputs, clip):
+            drawn.append(torch.rand(1).item())
+            return torch.ones(len(model.metrics) + 1)
+
+        monkeypatch.setattr(dv, 'training_step', training_step)
+        monkeypatch.setattr(dv.TrainingRun, 'save', lambda run, shown: None)
+        options = config(1, batch=2, seed=seed, steps=3)
+        run = dv.TrainingRun(
+            options, tmp_path / 'x.pt', CPU._replace(rank=rank), trainable_vae(), None
+        )
+        run.step = first
+        run.train(images, None, dv.Progress())
+        return drawn
+
+    first = draws(0, 0)
+    assert draws(0, 0) == first and draws(0, 0, first=1) == first[1:]
+    assert len({*first, *draws(1, 0), *draws(0, 1)}) == 9
 
 
-def test_vae_of_a_mostly_black_set_does_not_die(tmp_path):
-    """The decoder starts at the mean pixel: from 0.5 the sigmoid would be driven flat."""
-    root = mnist_files(tmp_path)
-    out = tmp_path / 'out'
-    command = ['train', '--stage', 1, '--data', 'mnist', '--root', root, '--out', out]
-    assert run(*command, '--steps', 1, '--lr', 0, *FEW) == 0
-    bias = torch.load(out / 'stage1.pt', weights_only=True)['model']['head.bias']
-    assert torch.allclose(bias.sigmoid(), load_images('mnist', root).batch(range(40)).mean())
+def test_next_steps_images_are_read_while_this_step_computes(tmp_path, monkeypatch):
+    """Inputs are prepared in a thread, one step ahead and no more, in order, and each once."""
+    images = dv.Images(torch.zeros(4, 1, 8, 8, dtype=torch.uint8), {})
+    run = dv.TrainingRun(config(1, batch=2, steps=9), tmp_path / 'x', CPU, trainable_vae(), None)
+    run.step = 3
+    asked = []
+
+    def training_inputs(model, images, options, step, machine):
+        assert threading.current_thread() is not threading.main_thread()
+        asked.append(step)
+        return step
+
+    monkeypatch.setattr(dv, 'training_inputs', training_inputs)
+    for step, inputs in run.inputs_of_all_steps(images):
+        deadline = time.monotonic() + 20
+        while len(asked) < min(step - 1, 6) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert inputs == step and asked == list(range(3, min(step + 2, 9)))
+    assert asked == list(range(3, 9))
+
+
+@pytest.mark.parametrize('mean', [(0.95, 0.95, 0.95), (0.02, 0.02, 0.02), (0.9, 0.05, 0.2)])
+def test_no_set_of_images_kills_the_vae_at_the_start(mean):
+    """The decoder starts at the mean colour: from 0.5 the last sigmoid would be driven flat."""
+    pixels = torch.tensor(mean).view(1, 3, 1, 1) + 0.02 * torch.randn(30, 3, 32, 32)
+    images = dv.Images((255 * pixels).round().clamp(0, 255).byte(), {})
+    vae = dv.initialise(config(1, preset='small'), None, None, images)
+    seen = images.batch(range(30)).mean((0, 2, 3))
+    assert torch.allclose(vae.head.bias.sigmoid(), seen, atol=1e-3)
+    assert torch.allclose(vae.mean_colour.flatten(), seen, atol=1e-3)
+
+    # What the encoder sees has mean 0: the same code for the same picture in other colours.
+    shown = []
+    vae.stem.register_forward_hook(lambda module, inputs, output: shown.append(inputs[0]))
+    vae.encode(images.batch(range(30)))
+    assert shown[0].mean((0, 2, 3)).abs().max() < 1e-3
+
+
+def test_a_code_that_carries_nothing_is_said(tmp_path, capsys):
+    """A warning at step 300 and at the end, if the KL is next to nothing; not before."""
+    run = dv.TrainingRun(config(1, steps=305), tmp_path / 'x', CPU, trainable_vae(), None)
+    values = torch.tensor([[90.0, 90.0, 0.001, 1.0]]).expand(10, 4)  # loss, error, KL, norm
+    for step, kl, warned in ((290, 1, False), (300, 1, True), (300, 9000, False), (305, 1, True)):
+        run.step = step
+        run.warn_of_an_empty_code(values * torch.tensor([1.0, 1, kl, 1]))
+        message = capsys.readouterr().err
+        assert ('the code carries nothing (KL 0.001)' in message) == warned
+    run = dv.TrainingRun(config(1, steps=12), tmp_path / 'x', CPU, trainable_vae(), None)
+    run.step = 12
+    run.warn_of_an_empty_code(values)
+    run = dv.TrainingRun(config(2, steps=300), tmp_path / 'x', CPU, tiny(), None)
+    run.step = 300
+    run.warn_of_an_empty_code(values[:, :2])
+    assert capsys.readouterr().err == ''
 
 
 def test_resume_finish_extend_contradict(trained, capsys):
@@ -3088,7 +3335,6 @@ def test_evaluate_measures_every_model(trained, capsys):
     for bad in (
         ['--num', 9000],
         ['--num', 1],
-        ['--num', 1, '--bits'],
         ['--gmm', 2],
         ['--calls', '0,5'],
         ['--calls', 1001],
@@ -3117,7 +3363,9 @@ def test_rows_say_what_was_measured(trained):
     names = [name for name, _, _ in dv.evaluation_rows(model, options)]
     assert names[0] == 'form1 drafts, shared-noise True, gmm 3'
     assert 'form1 ddpm quadratic, 4 calls, temperature 0.9, shared-noise True, gmm 3' in names
-    assert 'form1 ddim quadratic, 4 calls, eta 0.5, temperature 0.9, shared-noise True, gmm 3' in names
+    assert (
+        'form1 ddim quadratic, 4 calls, eta 0.5, temperature 0.9, shared-noise True, gmm 3' in names
+    )
     names = [name for name, _, _ in dv.evaluation_rows(baseline, options)]
     assert 'uncond ddim quadratic, 4 calls, eta 0.5, temperature 0.9, shared-noise True' in names
     names = [name for name, _, _ in dv.evaluation_rows(model, dv.SamplingOptions(calls=(4,)))]
@@ -3166,9 +3414,9 @@ def test_all_commands_see_the_same_training_and_held_out_images(trained, tmp_pat
     load = dv.load_images
     seen = set()
 
-    def recorded_load_images(data, root, size, train):
+    def recorded_load_images(options, train):
         seen.add(repr(train))
-        return load(data, root, size, train)
+        return load(options, train)
 
     monkeypatch.setattr(dv, 'load_images', recorded_load_images)
     evaluate = ['evaluate', '--form', 1, '--num', 8, '--calls', 1]
@@ -3181,6 +3429,8 @@ def test_all_commands_see_the_same_training_and_held_out_images(trained, tmp_pat
 
 def test_evaluate_bits_has_the_code_only_with_a_vae(trained, capsys):
     """Three models, two variances: six lines; four of them pay for the code z."""
+    assert run('evaluate', '--out', trained, '--bits', '--num', 1) == 2  # no error of a mean of one
+    assert '--num' in capsys.readouterr().err
     assert run('evaluate', '--out', trained, '--bits', '--num', 4) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and sum(': code' in line for line in lines) == 4
@@ -3690,8 +3940,8 @@ def test_commands_as_processes(tmp_path, monkeypatch):
     stage1 = ['train', '--stage', 1, '--steps', 20, '--batch', 4, '--save-every', 0]
     stage1 += ['--data', 'data']
     killed = start(dv.__file__, *stage1)
-    lines = [killed.stdout.readline() for _ in range(2)]
-    assert 'squared_error' in lines[1] and 'min left' in lines[1] and '\r' not in lines[1]
+    lines = [killed.stdout.readline() for _ in range(3)]
+    assert 'squared_error' in lines[2] and 'min left' in lines[2] and '\r' not in lines[2]
 
     # Kill stage 1 as soon as there is a checkpoint: it is whole, and the run resumes from it.
     path = tmp_path / 'runs/data/stage1.pt'
