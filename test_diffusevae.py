@@ -2624,6 +2624,73 @@ def test_resume_finish_extend_contradict(trained, capsys):
     assert path.read_bytes() == before
 
 
+def test_a_run_finds_its_folder_from_everywhere(tmp_path, capsys, monkeypatch):
+    """Another spelling is the same folder; a moved one is given anew; another one is refused."""
+    for i in range(30):
+        picture(tmp_path / 'a' / 'data' / f'{i}.png', colour=(8 * i, 0, 90), size=(32, 32))
+    (tmp_path / 'b').mkdir()
+    monkeypatch.chdir(tmp_path / 'a')
+    command = ['train', '--stage', 1, *FEW, '--out', tmp_path / 'o']
+    assert run(*command, '--steps', 1, '--data', 'data') == 0
+    stage2 = ['train', '--stage', 2, *SMALL, '--out', tmp_path / 'o']
+
+    monkeypatch.chdir(tmp_path / 'b')
+    assert run(*command, '--steps', 2) == 0
+    for i, spelling in enumerate(('../a/data/', tmp_path / 'a' / 'data', '../b/../a/data')):
+        assert run(*command, '--steps', 3 + i, '--data', spelling) == 0
+    assert run(*stage2, '--steps', 1) == 0
+    capsys.readouterr()
+    shutil.copytree(tmp_path / 'a' / 'data', 'other')
+    assert run(*command, '--steps', 9, '--data', 'other') == 2
+    assert 'a/data' in capsys.readouterr().err
+
+    # Moved: the error names what is missing, and --data says where it is now, for each command.
+    shutil.move(tmp_path / 'a' / 'data', 'moved')
+    shown = ['reconstruct', '--steps', 1, '--num', 1, '--out', tmp_path / 'o']
+    assert run(*shown) == 2 and 'a/data: no such folder' in capsys.readouterr().err
+    assert run(*shown, '--data', 'moved') == 0
+    real = ['sample', '--real', '--png', 'real', '--num', 2, '--out', tmp_path / 'o']
+    assert run(*real, '--data', 'moved') == 0
+    evaluate = ['evaluate', '--calls', 1, '--out', tmp_path / 'o', '--data', 'moved']
+    assert run(*evaluate, '--num', 1) == 2 and 'there are 1 held-out' in capsys.readouterr().err
+    assert run(*command, '--steps', 9, '--data', 'moved') == 0
+    assert run(*stage2, '--steps', 2, '--data', 'moved') == 0
+    assert run(*stage2, '--steps', 3) == 0
+    assert run(*shown, '--data', 'shapes') == 2
+    assert run(*shown, '--root', 'x') == 2 and '--root' in capsys.readouterr().err
+
+
+def test_real_images_of_two_sizes_do_not_mix(trained, tmp_path, capsys):
+    """A folder of training images is of one set and one size, whichever model asks for them."""
+    small = ['train', '--stage', 2, '--form', 'uncond', '--size', 16, '--steps', 1, *SMALL]
+    assert run(*small, '--out', tmp_path / 'small') == 0
+    command = ['sample', '--real', '--num', 3, '--png', tmp_path / 'real', '--out']
+    assert run(*command, trained, '--form', '1') == 0
+    assert run(*command, trained, '--form', 'uncond') == 0
+    assert run(*command, tmp_path / 'small') == 2
+    assert 'settings.json' in capsys.readouterr().err
+    sizes = {Image.open(path).size for path in (tmp_path / 'real' / 'real').glob('*.png')}
+    assert sizes == {(32, 32)}
+
+
+def test_pictures_and_tables_that_cannot_be_written_cost_nothing(trained, tmp_path, capsys):
+    """Training and evaluating go on with a warning, and the checkpoint is there."""
+    for name in ('stage1.csv', 'stage1.png'):
+        (tmp_path / name).mkdir()
+    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 12, *FEW) == 0
+    message = capsys.readouterr().err
+    assert 'warning: ' in message and 'stage1.csv' in message and 'stage1.png' in message
+    assert torch.load(tmp_path / 'stage1.pt', weights_only=True)['step'] == 12
+
+    table = trained / 'evaluate-form-2-num-2-calls-1.csv'
+    table.mkdir()
+    command = ['evaluate', '--form', 2, '--num', 2, '--calls', 1, '--out', trained]
+    assert run(*command) == 0
+    captured = capsys.readouterr()
+    assert 'form2 ddim quadratic, 1 calls' in captured.out and table.name in captured.err
+    table.rmdir()
+
+
 def test_stage_2_inherits_from_stage_1(trained, capsys):
     """Data and VAE of stage 2 are those of stage 1; another data set is refused."""
     assert run('train', '--stage', 2, '--form', '2', '--out', trained, '--data', 'mnist') == 2
@@ -2810,6 +2877,22 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='a limit of file sizes stands for a full disk')
+def test_two_processes_write_beside_each_other(tmp_path, monkeypatch):
+    """What is written before it gets its name has a name for each process."""
+    names = []
+    write_bytes = Path.write_bytes
+
+    def recorded(path, content):
+        names.append(path.name)
+        return write_bytes(path, content)
+
+    monkeypatch.setattr(Path, 'write_bytes', recorded)
+    for pid in (7, 8):
+        monkeypatch.setattr(os, 'getpid', lambda pid=pid: pid)
+        dv.write_atomically(tmp_path / 'table.csv', lambda file: file.write(b'rows'))
+    assert len(set(names)) == 2 and [path.name for path in tmp_path.iterdir()] == ['table.csv']
+
+
 def test_full_disk_loses_nothing(trained, tmp_path, capsys):
     """A checkpoint that cannot be written leaves the one before, and no part of itself."""
     import resource
@@ -3210,7 +3293,7 @@ class TwoMeans:
 def test_bound_is_just_above_the_exact_value(variance, with_draft):
     """Pixels N(m, 0.1^2) in 256 levels, the exact E[x_0|y_t] as denoiser: at most 0.05 bits/dim
     above -log2 p(x_0|x_hat), never below. The steps are small enough for either variance."""
-    n = 16
+    n = 8
     size_of_mean = 0.2 if with_draft else 0.0
     means = size_of_mean * (-1.0) ** torch.arange(n).view(n, 1, 1, 1).double()
 
@@ -3891,7 +3974,12 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     good = (trained / 'stage2-form1.pt').read_bytes()
     path = tmp_path / 'copy' / 'stage2-form1.pt'
     damages = [b'', b'junk', good[: len(good) // 2], good[:-20], pickle.dumps(os.getcwd)]
-    for content in (3, {}, {'options': 3}, torch.load(trained / 'stage1.pt') | {'options': [1]}):
+    for content in (
+        3,
+        {},
+        {'options': 3},
+        torch.load(trained / 'stage1.pt', weights_only=True) | {'options': [1]},
+    ):
         torch.save(content, path)
         damages.append(path.read_bytes())
     for damaged in damages:
