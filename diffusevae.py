@@ -1631,7 +1631,8 @@ def vae_layout(options):
     """Blocks of encoder and decoder, and channels, by resolution: what `VAE` is built of."""
     if options.preset == 'small':
         if options.size % 16:
-            raise UserError(f'--size {options.size}: must be a multiple of 16')
+            below = options.size // 16 * 16
+            raise UserError(f'--size {options.size}: no multiple of 16, as {below} or {below + 16}')
         encoder = {options.size: 0, 8: 1, 4: 2, 1: 1}
         decoder = {1: 1, 4: 3, 8: 2, 16: 1, options.size: 0}
         return encoder, decoder, {options.size: 16, 16: 32, 8: 64, 4: 128, 1: options.z_dim}
@@ -1882,8 +1883,13 @@ def build(options):
         z_dim=vae.z_dim if options.z_cond else 0,
         bfloat16=options.precision == 'bfloat16',
     )
-    diffusion = Diffusion(options.timesteps)
-    model = DiffuseVAE(vae, unet, diffusion, options.form, options.cond_drop)
+    model = DiffuseVAE(
+        vae=vae,
+        unet=unet,
+        diffusion=Diffusion(options.timesteps),
+        form=options.form,
+        cond_drop=options.cond_drop,
+    )
     return model.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
 
 
@@ -2224,7 +2230,10 @@ CHUNK = 64
 
 
 class Trained(NamedTuple):
-    """A trained model with its averaged weights, its settings and steps, and its checkpoint."""
+    """A trained model with its averaged weights, its settings and steps, and its checkpoint.
+
+    Images and codes that its methods take and return are on the CPU, images [n, C, H, W] in [0, 1].
+    """
 
     model: DiffuseVAE
     options: TrainingOptions
@@ -2232,8 +2241,42 @@ class Trained(NamedTuple):
     path: Path
 
     def images(self, train):
-        """The training or the held-out images."""
+        """The training or the held-out images: an object with a length and `batch(indices)`."""
         return load_images(self.options, train)
+
+    def encode(self, images):
+        """The mean codes of images: [n, z_dim]. UserError for the baseline, which has no codes."""
+        if self.model.vae is None:
+            raise UserError(f'{self.path}: --form uncond has no codes')
+        means = []
+        for x in images.split(CHUNK):
+            mu, _ = self.model.vae.encode(x.to(self.model.device))
+            means.append(mu.cpu())
+        return torch.cat(means)
+
+    def generate(self, num=8, z=None, seed=0, steps=50, sampler='ddpm'):
+        """(drafts, refined images) of num codes from the prior, or of given codes z [n, z_dim].
+
+        Codes from the prior get a noise each; given ones share one, so that z is their only
+        difference. Drafts are None for the baseline. UserError for steps or a sampler that there
+        is not.
+        """
+        options = SamplingOptions(seed=seed, steps=steps, sampler=sampler)
+        check_model(options, self.options, self.path)
+        progress = Progress(after=3)
+        if z is not None:
+            num = len(z)
+        parts = []
+        for first in range(0, num, CHUNK):
+            n = min(CHUNK, num - first)
+            if z is None:
+                parts.append(sample_chunk(self.model, options, first // CHUNK, n))
+            else:
+                codes = z[first : first + n]
+                parts.append(paint(self.model, options, codes, same_noise(self.model, options)))
+            progress.show(f'{first + n}/{num} images', end=progress.open and first + n == num)
+        images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return images.get('draft'), images['refined']
 
     def write_picture(self, name, rows, columns=()):
         """Write rows [(label, images)] beside the checkpoint, and say where."""
@@ -2265,6 +2308,14 @@ def load_trained(options, form=None):
     model.requires_grad_(False).eval()
     model.to(choose_machine(options.device).device)
     return Trained(model, settings, saved['step'], path)
+
+
+def load(out='runs/shapes', form=None, device=None):
+    """The `Trained` model in the folder of a run, for a notebook; by default the first form.
+
+    UserError if there is none. If the images of the run have moved, set `options.data`.
+    """
+    return load_trained(SamplingOptions(out=out, form=form, device=device))
 
 
 def noise_source(model, generator, n):
@@ -2432,8 +2483,7 @@ def load_for_pictures(options):
         raise UserError(f'--form {form} --num {num}: takes form 1 or 2, up to {CHUNK} images')
     held_out = trained.images(train=False)
     x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
-    mu, _ = trained.model.vae.encode(x.to(trained.model.device))
-    return trained, x, mu.cpu()
+    return trained, x, trained.encode(x)
 
 
 def reconstruct(options):
@@ -2827,8 +2877,9 @@ def evaluate(options):
     parts = [train_images.batch(range(i * num, (i + 1) * num)) for i in range(options.seeds)]
     data = runs[0].options.data
     distances = [distance(part, real, data) for part in parts]
-    add_row(table, path, 'floor: training images', distances)
+    floor = add_row(table, path, 'floor: training images', distances)
 
+    means = {}
     for trained, rows_of_model in rows:
         mixture = None
         if options.gmm is not None and (trained.model.vae is not None or len(runs) == 1):
@@ -2838,8 +2889,32 @@ def evaluate(options):
             for seed in range(options.seed, options.seed + options.seeds):
                 images = sample_set(trained.model, replace(row, seed=seed), which, num, mixture)
                 distances.append(distance(images, real, data))
-            add_row(table, path, name, distances)
+            mean = add_row(table, path, name, distances)
+            if which == 'refined':
+                means[trained.options.form, row.sampler, row.spacing, row.steps] = mean
+    print_conclusion(means, floor)
     print(path)
+
+
+def print_conclusion(means, floor):
+    """Print, for each number of steps, how the best of DiffuseVAE compares to unconditional DDIM.
+
+    means: {(form, sampler, spacing, steps): mean distance}; floor: that of training images.
+    """
+    for steps in sorted({steps for _, _, _, steps in means}):
+        ours = []
+        theirs = []
+        for (form, sampler, _, n), mean in means.items():
+            if n == steps and form != 'uncond':
+                ours.append(mean - floor)
+            elif n == steps and sampler == 'ddim':
+                theirs.append(mean - floor)
+        if ours and theirs and min(theirs) > 0:
+            ratio = min(ours) / min(theirs)
+            print(
+                f"In {steps} steps DiffuseVAE's best is at {ratio:.2f} of the baseline's best DDIM,"
+            )
+            print('as a distance above the floor.')
 
 
 def distance(images, real, data):
@@ -2848,7 +2923,7 @@ def distance(images, real, data):
 
 
 def add_row(table, path, name, distances):
-    """Add the distances of several seeds, [levels] each, to the table; print it, and write all."""
+    """Add a row for the distances of several seeds, [levels] each; print it; return their mean."""
     distances = torch.stack(distances)  # [seeds, levels]
     by_seed = distances.mean(dim=1)
     levels = ' '.join(f'{level:.1f}' for level in distances.mean(dim=0))
@@ -2856,6 +2931,7 @@ def add_row(table, path, name, distances):
     print(f'{name:36} {row[0]:>7} ({row[1]} to {row[2]}; {levels})', flush=True)
     table.append([f'"{name}"', *row, levels])
     or_warn(write_table, path, table)
+    return by_seed.mean().item()
 
 
 def sample_set(model, options, which, num, mixture):

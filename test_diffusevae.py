@@ -3072,6 +3072,40 @@ def test_pixels_are_rounded_not_truncated():
     assert dv.to_uint8(x, 'shapes').flatten().tolist() == [255, 128, 255, 0]
 
 
+def test_a_trained_model_in_a_notebook(trained, tmp_path):
+    """`load`, `generate` and `encode` do what the commands do, for any number of images."""
+    model = dv.load(trained, form='2')
+    options = dv.SamplingOptions(steps=2)
+    drafts, refined = model.generate(66, steps=2)
+    assert drafts.shape == refined.shape == (66, 3, 32, 32)
+    for chunk, part in ((0, slice(64)), (1, slice(64, 66))):
+        images = dv.sample_chunk(model.model, options, chunk, drafts[part].shape[0])
+        assert torch.equal(images['draft'], drafts[part])
+        assert torch.equal(images['refined'], refined[part])
+    assert not torch.equal(model.generate(2, steps=2, seed=1)[1], refined[:2])
+
+    x = model.images(train=False).batch(range(66))
+    z = model.encode(x)
+    mu, _ = model.model.vae.encode(x)
+    assert torch.allclose(z, mu, atol=1e-6)
+    drafts, refined = model.generate(z=z, steps=2)
+    assert torch.allclose(drafts, model.model.vae.decode(z), atol=1e-6) and len(refined) == 66
+    same = model.generate(z=z[:1].expand(2, -1), steps=2)[1]
+    assert torch.allclose(same[0], same[1], atol=1e-5)  # the noise is shared
+
+    baseline = dv.load(trained, form='uncond')
+    assert baseline.generate(2, steps=1)[0] is None
+    for wrong, named in (
+        (lambda: baseline.encode(x), 'no codes'),
+        (lambda: model.generate(2, steps=1001), '--steps'),
+        (lambda: model.generate(2, sampler='magic'), 'magic'),
+        (lambda: dv.load(tmp_path / 'missing'), 'missing'),
+        (lambda: dv.load(tmp_path, form='2'), 'stage2-form2.pt'),
+    ):
+        with pytest.raises(dv.UserError, match=named):
+            wrong()
+
+
 # ---- 9. Experiments ------------------------------------------------------------------------------
 
 
@@ -3414,6 +3448,13 @@ def test_evaluate_measures_every_model(trained, capsys):
     assert any(row['lowest'] != row['highest'] for row in rows)
     floor = float(table['floor: training images']['mean'])
     assert floor < float(table['form1 drafts']['mean'])
+
+    # The last sentence: the best row of both forms over the best of unconditional DDIM.
+    above = {name: float(row['mean']) - floor for name, row in table.items()}
+    ours = min(mean for name, mean in above.items() if re.match(r'form\d dd', name))
+    theirs = min(mean for name, mean in above.items() if 'uncond ddim' in name)
+    said = re.search(r'In 2 steps .* is at ([\d.]+) of the baseline', text)[1]
+    assert float(said) == pytest.approx(ours / theirs, abs=0.02)
 
     for bad in (
         ['--num', 9000],
@@ -3848,14 +3889,20 @@ def test_pytest_grades_a_student_who_solved_some(tmp_path):
     assert '4 skipped' in done.stdout and 'error' not in done.stdout.splitlines()[-1]
 
 
-def test_public_parts_work_on_their_own_as_in_the_readme():
-    """The README's lines for a notebook run as they stand."""
+def test_notebook_lines_of_the_readme(trained, tmp_path, monkeypatch):
+    """They run as they stand: with a trained model, and the parts of the method on their own."""
     readme = HERE / 'README.md'
     if not readme.exists() or not readme.read_text():
         pytest.skip('no README beside this file')
-    code = re.search(r'```python\n(.*?)```', readme.read_text(), re.S)[1]
+    of_a_run, of_the_parts = re.findall(r'```python\n(.*?)```', readme.read_text(), re.S)
+
+    shutil.copytree(trained, tmp_path / 'runs' / 'shapes')
+    monkeypatch.chdir(tmp_path)
+    exec(of_a_run, {})
+    assert Image.open('runs/shapes/between-form1.png').size[0] > 8 * 64
+
     scope = {}
-    exec(code, scope)
+    exec(of_the_parts, scope)
     assert scope['draft'].shape == scope['refined'].shape == (4, 3, 32, 32)
     for weight in (scope['vae'].stem.weight, scope['unet'].head.weight):
         assert weight.grad.isfinite().all() and weight.grad.any()
@@ -3874,7 +3921,7 @@ BAD = [
     (['train', '--stage', 1, '--alpha', 'nan'], '--alpha'),
     (['train', '--stage', 1, '--device', 'cuda:7'], '--device'),
     (['train', '--stage', 1, '--device', 'toaster'], '--device'),
-    (['train', '--stage', 1, '--size', 40], '--size'),
+    (['train', '--stage', 1, '--size', 40], '--size 40: no multiple of 16, as 32 or 48'),
     (['train', '--stage', 1, '--size', 128], '--size'),
     (['train', '--stage', 1, '--preset', 'magic'], '--preset'),
     (['train', '--stage', 1, '--preset', 'cifar10', '--size', 64], '--size'),
