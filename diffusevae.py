@@ -2160,15 +2160,15 @@ def load_both(options, progress):
     """The training and the held-out images. Completes `options.grey`, by looking at them."""
     data = f'--data {options.data}'
     images = load_images(options, train=True)
+    held_out = load_images(options, train=False)
     if options.grey is None:
-        options.grey = is_grey(images)
+        options.grey = is_grey(images) and is_grey(held_out)
         if options.grey:
             progress.show(f'{data}: grey images, of one channel', end=True)
             images.make_grey()
+            held_out.make_grey()
     if options.grey and options.signal == 'grey':
         raise UserError(f'--signal grey: the images of {data} are grey already')
-
-    held_out = load_images(options, train=False)
     count = f'{len(images)} training and {len(held_out)} held-out images'
     progress.show(f'{data}: {count}', end=True)
     return images, held_out
