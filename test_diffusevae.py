@@ -1,8 +1,9 @@
 """The second half of the teaching: every test states a property, checked against something else.
 
     python -m pytest                                            # test diffusevae.py
-    DIFFUSEVAE=student.py python -m pytest test_diffusevae.py   # grade another file
     python test_diffusevae.py exercise -o student.py            # write a file for a student
+    python test_diffusevae.py grade student.py                  # grade it: a line an exercise
+    DIFFUSEVAE=student.py python -m pytest test_diffusevae.py   # the same, with all tracebacks
     python test_diffusevae.py bench                             # measure speed, project costs
 
 THE GRADER        what runs one exercise by itself, in a limited time, and counts the points
@@ -35,7 +36,7 @@ PART 3            ALL THE REST, in the sections of diffusevae.py; a test that ne
     9. Experiments              distance, mixtures, the bound, guidance, pictures
     10. Command line            files for students, bad input, processes
 
-THE LECTURER'S COMMANDS         exercise and bench
+THE LECTURER'S COMMANDS         exercise, grade and bench
 
 No network, no GPU; the data files are made on the spot. The few tests that start processes are
 at the end of part 3.
@@ -108,6 +109,7 @@ def tensor(*values):
 
 EXERCISES = {}  # name: its class of tests, in the order of diffusevae.py
 FAILED = {}  # name: what does not hold, of the exercises of the graded file
+GRADE_LIMIT = 900  # seconds for a whole file, should it hang where no test can be stopped
 TIME_LIMIT = 60  # seconds a test; a quarter of it for an exercise's own, which take under one
 
 
@@ -3818,7 +3820,7 @@ def test_exercise_lists_blanks_some_and_overwrites_nothing(tmp_path, capsys):
 
     path = tmp_path / 'student.py'
     assert lecture('exercise', '-o', path, '--only', '4,15') == 0
-    assert f'DIFFUSEVAE={path} python -m pytest test_diffusevae.py' in capsys.readouterr().out
+    assert f'python test_diffusevae.py grade {path}' in capsys.readouterr().out
     text = path.read_text()
     blank = 'raise NotImplementedError('
     assert text.count(blank) == GRADED.read_text().count(blank) + 2
@@ -3887,6 +3889,44 @@ def test_pytest_grades_a_student_who_solved_some(tmp_path):
     assert 'exercise  2 kl_divergence    2 of 2\n' in done.stdout
     assert 'Exercise 7: q_posterior' in done.stdout
     assert '4 skipped' in done.stdout and 'error' not in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize('ends', ['sys.exit()', 'os._exit(0)'])
+def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch, ends):
+    """A line an exercise and the points, for code that prints, exits or is wrong, too."""
+    skip_unless_all_are_solved()
+    only_first = {'reparameterize': EXERCISES['reparameterize']}
+    monkeypatch.setattr(sys.modules[__name__], 'EXERCISES', only_first)
+    path = tmp_path / 'student.py'
+    text = GRADED.read_text()
+    last = '    return mu + torch.exp(logvar / 2) * eps\n'
+    assert text.count(last) == 1
+
+    path.write_text(text.replace(last, "    print('a line of the student')\n" + last))
+    lecture('grade', path)
+    captured = capfd.readouterr()
+    lines = captured.out.splitlines()
+    assert lines[0] == 'exercise  1 reparameterize   1 of 1' and captured.err == ''
+    assert len(lines) == 16 and lines[-1] == 'student.py: 1 of 27 points'
+
+    path.write_text(text.replace(last, f'    {ends}\n' + last))
+    code = lecture('grade', path)
+    captured = capfd.readouterr()
+    if ends == 'sys.exit()':
+        assert code == 1 and '0 of 1  does not hold: mu = 1' in captured.out
+    else:
+        assert code == 2 and 'cannot be graded' in captured.err
+
+
+def test_grade_says_what_is_no_python(tmp_path, capsys):
+    """A missing file, a syntax error and an error at import are one line each, exit code 2."""
+    path = tmp_path / 'student.py'
+    for text, named in ((None, 'student.py'), ('def f(:', 'SyntaxError'), ('1 / 0', 'ZeroDiv')):
+        if text is not None:
+            path.write_text(text)
+        assert lecture('grade', path) == 2
+        message = capsys.readouterr().err
+        assert message.count('\n') == 1 and named in message
 
 
 def test_notebook_lines_of_the_readme(trained, tmp_path, monkeypatch):
@@ -4223,13 +4263,56 @@ def write_exercise(path, only):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8', newline='\n')
     print(f'{path}: fill it in, and grade it with')
-    print(f'DIFFUSEVAE={path} python -m pytest test_diffusevae.py')
+    print(f'python test_diffusevae.py grade {path}')
 
 
 def list_exercises():
     """Print number, name and points of each exercise."""
     for name, cls in EXERCISES.items():
         print(f'{cls.number:2}  {name:15} {cls.points} points')
+
+
+# ---- python test_diffusevae.py grade -------------------------------------------------------------
+
+
+def grade_file(path):
+    """Print the report on a file, a line an exercise. Returns 0 if all are solved, else 1.
+
+    UserError for a file that is not Python, or that never gets as far as a report.
+    """
+    try:
+        ast.parse(path.read_text(encoding='utf-8'))
+    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        raise dv.UserError(f'{path}: {type(error).__name__}: {error}') from error
+
+    # The tests of the exercises, in a process of their own, which may print, hang or exit.
+    classes = [f'{Path(__file__).resolve()}::{cls.__name__}' for cls in EXERCISES.values()]
+    command = [
+        sys.executable,
+        '-m',
+        'pytest',
+        '-q',
+        '--tb=short',
+        '-p',
+        'no:cacheprovider',
+        *classes,
+    ]
+    environment = os.environ | {'DIFFUSEVAE': str(path.resolve())}
+    try:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=GRADE_LIMIT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise dv.UserError(f'{path}: took longer than {GRADE_LIMIT} seconds') from error
+
+    lines = done.stdout.splitlines()
+    report = [line for line in lines if re.match(r'exercise +\d', line)]
+    points = [line for line in lines if re.fullmatch(r'.*: \d+ of \d+ points', line)]
+    if not points:
+        said = [line for line in lines if line.startswith('E ')] or ['E it ended the process']
+        raise dv.UserError(f'{path}: cannot be graded: {said[-1][1:].strip()}')
+    print('\n'.join([*report, points[-1]]))
+    return done.returncode
 
 
 # ---- python test_diffusevae.py bench -------------------------------------------------------------
@@ -4336,6 +4419,10 @@ def parse(arguments):
     sub.add_argument('--only', type=numbers, default=(), help='exercises, 1,2,5; default: all')
     sub.add_argument('--list', action='store_true', help='print the exercises and their points')
 
+    text = "print which exercises a student's file solves, what does not hold, and the points"
+    sub = commands.add_parser('grade', help=text, description=text, allow_abbrev=False)
+    sub.add_argument('file', type=Path, help='the file to grade, e.g. student.py')
+
     text = "speed of two networks as a share of the device's own, and costs of the presets' runs"
     sub = commands.add_parser('bench', help=text, description=text, allow_abbrev=False)
     sub.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: cuda if there is one')
@@ -4353,6 +4440,8 @@ def main(arguments=None):
                 raise dv.UserError(f'--tflops {options.tflops}: not from 1e-6 to 1e6')
             bench_speed(options.device)
             bench_projection(options.tflops)
+        elif options.command == 'grade':
+            return grade_file(options.file)
         elif options.list:
             list_exercises()
         else:
