@@ -24,6 +24,7 @@ layout is given, few steps are enough.
 """
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import io
@@ -989,7 +990,7 @@ class DiffuseVAE(nn.Module):
 
 
 def seed_of(*key):
-    """A seed that is a function of `key` alone, e.g. (0, 'step', 17), and of each part of it."""
+    """A seed that depends on all parts of a key, e.g. (0, 'step', 17), and on nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits, as many as torch takes
 
@@ -1036,11 +1037,16 @@ def is_helper():
     return int(os.environ.get('RANK', 0)) > 0
 
 
+def complain(text):
+    """Print a warning or an error on a line of its own, in place of the line of progress."""
+    start = '\r\x1b[K' if sys.stderr.isatty() else ''
+    print(f'{start}{text}', file=sys.stderr, flush=True)
+
+
 def warn(text):
-    """Print a warning, on a line of its own, beside the line of progress."""
+    """Print a warning, once if there are several processes."""
     if not is_helper():
-        start = '\r\x1b[K' if sys.stderr.isatty() else ''  # the progress is written anew below it
-        print(f'{start}warning: {text}', file=sys.stderr, flush=True)
+        complain(f'warning: {text}')
 
 
 KINDS = ('wide', 'circle', 'tall')  # of shapes: a wide bar, a circle and a tall bar
@@ -1111,6 +1117,8 @@ def read_picture(path, size, crop=True, grey=False):
             white = Image.new('RGBA', picture.size, 'white')
             picture = Image.alpha_composite(white, picture)
         picture = picture.convert('L' if grey else 'RGB')
+    except MemoryError:
+        raise
     except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
         raise UserError(f'{path}: {error}') from error
 
@@ -1130,8 +1138,8 @@ def to_eight_bits(picture):
         picture = picture.convert('I')  # 32 bits
     values = pil_to_tensor(picture).double()
 
-    # A file does not say how many of its bits are used: the fewest that its values need. (`convert`
-    # would clip them at 255.)
+    # A file does not say how many of its bits are used: the fewest that its values need, in each
+    # file by itself. (`convert` would clip them at 255.)
     enough = [white for white in whites if values.max() <= white]
     if not enough or values.min() < 0:
         found = f'from {values.min():g} to {values.max():g}'
@@ -1239,7 +1247,7 @@ def load_torchvision(dataset, root, files, **split):
     """
     try:
         return dataset(root, download=True, **split)
-    except (OSError, RuntimeError, ValueError, ImportError) as error:
+    except (OSError, RuntimeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f'--data: no {root}/{files}; no download: {error}') from error
 
 
@@ -1286,7 +1294,7 @@ def name_hash(path, folder):
 
 
 def files_below(folder, seen):
-    """The files below a folder, but hidden ones, and through links; `seen`: folders so far."""
+    """All files below a folder but hidden ones; links are followed. seen: the folders entered."""
     # A link may lead back up: no folder is entered twice.
     real = folder.resolve()
     if real in seen:
@@ -1346,7 +1354,8 @@ def load_folder(data, root, size, train, grey):
     held_out = [path for path in paths if name_hash(path, folder) < 0.05]
     training = paths[len(held_out) :]
 
-    # Of less than about a hundred files the 5% may be none: then the first image is held out.
+    # Of less than about a hundred files the 5% may be none: then the first image is held out, and
+    # may be another one when files are added.
     if not first_readable(held_out, size):
         held_out = first_readable(training, size)
         training = [path for path in training if path not in held_out]
@@ -1358,8 +1367,11 @@ def load_folder(data, root, size, train, grey):
 
 
 def is_grey(images):
-    """Whether the first 1000 images have three equal channels."""
-    for indices in torch.arange(min(1000, len(images))).split(50):
+    """Whether all images have three equal channels; of a set too large for the memory, 1000."""
+    n = len(images)
+    if isinstance(images, ImageFiles):
+        n = min(1000, n)
+    for indices in torch.arange(n).split(50):
         x = images.batch(indices)
         if not torch.equal(x, x[:, :1].expand_as(x)):
             return False
@@ -1485,15 +1497,16 @@ def write_atomically(path, write):
         beside.write_bytes(content.getbuffer())
         os.replace(beside, path)
     except OSError as error:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no such folder, for example
+            beside.unlink()
         raise UserError(f'{path}: not written, left as it was; {error.strerror}') from error
 
 
 # ==== 6. SETTINGS =================================================================================
 # One dataclass for training, one for all that generates images. A field is an option of the command
 # line: its type parses the text, its sentence is the help. The values of a training run come from a
-# preset. 'small' is ours and trains in minutes. The others have the paper's numbers, and those of
-# the authors' scripts for batch, epochs, heads and dropout, where their YAML files say otherwise.
+# preset. 'small' is ours and trains in minutes. The others have the paper's numbers; batch, epochs,
+# heads and dropout are those of the authors' scripts, where these and their YAML files differ.
 
 
 def option(meaning, default=None, low=None, high=1e15, choices=None, commands=None, free=False):
@@ -1506,8 +1519,8 @@ def option(meaning, default=None, low=None, high=1e15, choices=None, commands=No
     return field(default=default, metadata=metadata | dict(commands=commands, free=free))
 
 
-# A preset has settings for both stages, for stage 1 and for stage 2: so it also says which options
-# belong to which stage. All presets share these.
+# A preset has settings of both stages, and settings of stage 1 or of stage 2 alone: so it also says
+# which options belong to which stage. All presets share these.
 BOTH = dict(root='data', signal='image', seed=0, save_every=60.0)
 STAGE_1 = dict(flip=False)
 STAGE_2 = dict(form='1', timesteps=1000, z_cond=False, cond_drop=0.0, precision=None)
@@ -1584,8 +1597,7 @@ PAPER_VAES = {
 class TrainingOptions:
     """All settings of a training run; its checkpoint keeps them.
 
-    None means: as the checkpoint says, else as the preset says. `resolve` fills it in. (`out` and
-    `device` are as typed, in every run anew.)
+    None means: as the checkpoint says, else as the preset says. `resolve` fills it in.
     """
 
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
@@ -1616,7 +1628,7 @@ class TrainingOptions:
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
-    clip: float = option('largest norm of the gradient; inf for none', low=0, high=math.inf)
+    clip: float = option('largest norm of the gradient; inf for none', low=1e-6, high=math.inf)
     ema: float = option('decay of the averaged weights; 0 for none', low=0, high=1)
     seed: int = option('seed of weights, batches and noise', low=0)
     device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)', free=True)
@@ -1691,7 +1703,7 @@ def resolve(typed, before, path):
 
 
 def refuse_contradictions(given, kept, path):
-    """A UserError if an option contradicts what the checkpoint at `path` has and may not change."""
+    """Raise a UserError if an option would change what is fixed in the checkpoint at `path`."""
     free = [setting.name for setting in fields(TrainingOptions) if setting.metadata['free']]
     for name, value in given.items():
         if name not in kept or name in free or value == kept[name]:
@@ -1707,14 +1719,14 @@ def is_moved(old, new):
 
 
 def refuse(given, names, why):
-    """A UserError if one of the options `names` was given and is not off: it would be ignored."""
+    """Raise a UserError if one of the options `names` was given: it would be ignored."""
     for name in names:
-        if given.get(name):
+        if name in given and given[name] is not False:
             raise UserError(f'{flag(name)}: {why}')
 
 
 def refuse_what_is_ignored(given, defaults, settings):
-    """A UserError if an option belongs to the other stage, to another form or another data set."""
+    """Raise a UserError if an option is of the other stage, of another form or data set."""
     data = settings['data']
     others = [name for name in given if name not in defaults and name not in INHERITED]
     refuse(given, others, f'is a setting of stage {3 - settings["stage"]} only')
@@ -1727,7 +1739,8 @@ def refuse_what_is_ignored(given, defaults, settings):
         refuse(given, ('flip',), f'images of --data {data} are never mirrored')
 
 
-# Commands that draw chains of one kind, and commands that draw z from the prior.
+# The commands in which the user chooses one kind of chain (`evaluate` compares several), and those
+# that draw z from the prior.
 CHAINS = ('sample', 'reconstruct', 'interpolate', 'edit', 'robust')
 PRIOR = ('sample', 'evaluate')
 
@@ -1760,7 +1773,7 @@ class SamplingOptions:
     device: str = option('as for train')
 
 
-# What decides about codes and chains, and hence of use only where these are drawn.
+# Options that are of use only where a chain, or z from the prior, is drawn.
 OF_THE_CHAIN = ('steps', 'sampler', 'spacing', 'variance', 'eta', 'temperature', 'guidance')
 OF_THE_PRIOR = ('shared_noise', 'gmm')
 
@@ -1772,7 +1785,7 @@ def changed(options):
 
 
 def check_sampling(command, options):
-    """A UserError if an option would be ignored by the command, or beside the other options."""
+    """Raise a UserError if the command would ignore an option, alone or beside the others."""
     given = changed(options)
     if options.real:
         ignored = (*OF_THE_CHAIN, *OF_THE_PRIOR, 'seed')
@@ -1789,7 +1802,7 @@ def check_sampling(command, options):
 
 
 def check_model(options, settings, path):
-    """A UserError if the trained model at `path` cannot do what the options ask for.
+    """Raise a UserError if the trained model at `path` cannot do what the options ask for.
 
     settings: its `TrainingOptions`; their `data` and `root` become those of the options.
     """
@@ -1805,7 +1818,7 @@ def check_model(options, settings, path):
         settings.root = options.root
     if options.data is not None:
         data = full_path(options.data)
-        if data != settings.data and (data in DATA_SETS or settings.data in DATA_SETS):
+        if data != settings.data and not is_moved(settings.data, data):
             raise UserError(f'--data {options.data}: {path} was trained on {settings.data}')
         settings.data = data
 
@@ -1813,7 +1826,7 @@ def check_model(options, settings, path):
 # ==== 7. TRAINING, one loop for both stages =======================================================
 # A stage is a module: `forward` returns its loss, `random_inputs` draws what a step needs. Whatever
 # is random in step s is a function of (seed, s) alone, so a run that is interrupted and resumed
-# makes the same weights, bit for bit, as one that is not (on one machine, with as many threads).
+# makes the same weights as one that is not (on a CPU with as many threads: bit for bit).
 
 
 def cpu_has_fast_bfloat16():
@@ -2097,6 +2110,8 @@ class TrainingRun:
             if due and self.machine.rank == 0:
                 self.save(shown)
                 saved_at = time.monotonic()
+        if self.machine.world > 1:
+            dist.destroy_process_group()
 
     def inputs_of_all_steps(self, images):
         """Generate (step, inputs) from the step where the run is to the last one.
@@ -2191,7 +2206,7 @@ def train(typed):
         source, parent = load_checkpoint(out, 1)
         if parent is None and form != 'uncond':
             raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
-    if parent and parent['step'] < parent['options']['steps']:
+    if parent and form != 'uncond' and parent['step'] < parent['options']['steps']:
         progress.show(f'note: {source} is not complete; its VAE is used as it is', end=True)
     before = saved or parent
     options = resolve(typed, before['options'] if before else {}, source)
@@ -2266,6 +2281,8 @@ class Trained(NamedTuple):
         progress = Progress(after=3)
         if z is not None:
             num = len(z)
+        if num < 1:
+            raise UserError(f'{num} images: at least one')
         parts = []
         for first in range(0, num, CHUNK):
             n = min(CHUNK, num - first)
@@ -2313,7 +2330,7 @@ def load_trained(options, form=None):
 def load(out='runs/shapes', form=None, device=None):
     """The `Trained` model in the folder of a run, for a notebook; by default the first form.
 
-    UserError if there is none. If the images of the run have moved, set `options.data`.
+    UserError if there is none. If its images have moved, set `options.data` of what it returns.
     """
     return load_trained(SamplingOptions(out=out, form=form, device=device))
 
@@ -2432,7 +2449,7 @@ def write_folder(options, trained, num, names, draw):
     settings = asdict(replace(options, num=None, png=None, data=None, **elsewhere))
     model = asdict(replace(trained.options, data=None, **elsewhere))
     if options.real:
-        settings = {'real': trained.options.data, 'size': trained.options.size}
+        settings = {'real': Path(trained.options.data).name, 'size': trained.options.size}
     else:
         settings |= {'model': model, 'step': trained.step}
     text = json.dumps(settings, indent=1)
@@ -2474,21 +2491,21 @@ def slerp(a, b, w):
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
 
 
-def load_for_pictures(options):
-    """A `Trained` model with a VAE, held-out images [n, C, H, W], their mean codes [n, z_dim]."""
+def load_for_pictures(options, n):
+    """A `Trained` model with a VAE, n held-out images [n, C, H, W], their mean codes [n, z_dim]."""
     trained = load_trained(options)
     form = trained.options.form
     num = options.num or 8
     if num > CHUNK or form == 'uncond':
         raise UserError(f'--form {form} --num {num}: takes form 1 or 2, up to {CHUNK} images')
     held_out = trained.images(train=False)
-    x = held_out.batch([i % len(held_out) for i in range(max(2, num))])
+    x = held_out.batch([i % len(held_out) for i in range(n)])
     return trained, x, trained.encode(x)
 
 
 def reconstruct(options):
     """The command `reconstruct`: held-out images, the drafts of their mean codes, and refined."""
-    trained, x, mu = load_for_pictures(options)
+    trained, x, mu = load_for_pictures(options, n=options.num or 8)
     model = trained.model
     rows = {'image': x, trained.options.signal: model.vae.signal(x)}
     rows |= paint(model, options, mu, same_noise(model, options))
@@ -2497,7 +2514,7 @@ def reconstruct(options):
 
 def interpolate(options):
     """The command `interpolate`: from one image's code to another's, and from noise to noise."""
-    trained, _, mu = load_for_pictures(options)
+    trained, _, mu = load_for_pictures(options, n=2)
     model = trained.model
     weights = torch.linspace(0, 1, options.num or 8)
 
@@ -2529,8 +2546,9 @@ def has_attribute(labels, text):
     except ValueError:
         number = None
     if name not in labels or number is None:
+        known = ', '.join(labels) or 'no labels'
         raise UserError(
-            f'--attribute {text}: there are {", ".join(labels) or "no labels"}; kinds are '
+            f'--attribute {text or "is missing"}: there are {known}; kinds are '
             f'{", ".join(KINDS)}, other values numbers'
         )
     if relation == '>':
@@ -2556,7 +2574,7 @@ def encode_all(trained, images):
 
 def edit(options):
     """The command `edit`: move codes along the direction of an attribute."""
-    trained, _, mu = load_for_pictures(options)
+    trained, _, mu = load_for_pictures(options, n=3)
     images = trained.images(train=True)
     has = has_attribute(images.labels, options.attribute)
 
@@ -2566,7 +2584,7 @@ def edit(options):
 
     strengths = torch.linspace(-2, 2, options.num or 9)
     rows = []
-    for code in mu[:3]:
+    for code in mu:
         z = code + strengths[:, None] * direction
         draw_noise = same_noise(trained.model, options)
         rows += paint(trained.model, options, z, draw_noise).items()
@@ -2575,12 +2593,12 @@ def edit(options):
 
 def robust(options):
     """The command `robust`: refine a draft that is damaged more and more, in three ways."""
-    trained, _, mu = load_for_pictures(options)
+    trained, _, mu = load_for_pictures(options, n=1)
     model = trained.model
     strengths = torch.linspace(0, 1, options.num or 8)
     s = rearrange(strengths, 'n -> n 1 1 1')
     generator = make_generator(options.seed, 'robust')
-    draft = model.vae.decode(mu[:1].to(model.device)).cpu()
+    draft = model.vae.decode(mu.to(model.device)).cpu()
 
     # Noise, blur, and missing blocks of 4x4 pixels: the refiner saw none of them in training.
     noisy = (draft + 0.5 * s * torch.randn(draft.shape, generator=generator)).clamp(0, 1)
@@ -2591,7 +2609,7 @@ def robust(options):
     missing = draft.where(block >= s, draft.mean())
 
     rows = []
-    z = mu[:1].expand(len(s), -1)
+    z = mu.expand(len(s), -1)
     for name, damaged in (('noise', noisy), ('blur', blurred), ('blocks', missing)):
         draw_noise = same_noise(model, options)
         rows.append((name, damaged))
@@ -2600,7 +2618,7 @@ def robust(options):
 
 
 # ==== 10. QUALITY =================================================================================
-# A distance between sets of images, a better prior for z, and a bound of the likelihood.
+# A distance between sets of images, a better prior for z, and a bound on the likelihood.
 
 
 def blur_kernel(x):
@@ -2807,6 +2825,7 @@ def bound(model, x, generator, variance='small', strata=20):
     return terms
 
 
+# The samplers and spacings that `evaluate` compares.
 EVALUATED = (('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform'))
 
 
@@ -2858,8 +2877,9 @@ def evaluate(options):
         num = min(200 if options.bits else 500, len(held_out), len(train_images) // options.seeds)
     if num < 2 or num > len(held_out) or num * options.seeds > len(train_images):
         most = min(len(held_out), len(train_images) // options.seeds)
+        works = f'--num from 2 to {most}' if most >= 2 else 'too few to compare'
         count = f'there are {len(held_out)} held-out and {len(train_images)} training images'
-        raise UserError(f'--num {num}, --seeds {options.seeds}: {count}; --num from 2 to {most}')
+        raise UserError(f'--num {num}, --seeds {options.seeds}: {count}; {works}')
     real = held_out.batch(range(num))
     if options.bits:
         evaluate_bits(runs, real, options)
@@ -2910,11 +2930,11 @@ def print_conclusion(means, floor):
             elif n == steps and sampler == 'ddim':
                 theirs.append(mean - floor)
         if ours and theirs and min(theirs) > 0:
-            ratio = min(ours) / min(theirs)
+            ratio = max(0, min(ours)) / min(theirs)
             print(
-                f"In {steps} steps DiffuseVAE's best is at {ratio:.2f} of the baseline's best DDIM,"
+                f"With {steps} steps DiffuseVAE's best distance above the floor is {ratio:.2f} "
+                "times that of the baseline's best DDIM."
             )
-            print('as a distance above the floor.')
 
 
 def distance(images, real, data):
@@ -2980,7 +3000,10 @@ COMMANDS = {
 
 def whole_numbers(text):
     """'1,2,2' -> (1, 2, 2)."""
-    return tuple(int(number) for number in text.split(',') if number)
+    values = tuple(int(number) for number in text.split(',') if number)
+    if any(value < 1 for value in values):
+        raise argparse.ArgumentTypeError(f'{text}: takes numbers from 1 on')
+    return values
 
 
 def default_text(setting, options_class):
@@ -3048,7 +3071,8 @@ def parse(argv):
         low = setting.metadata['low']
         high = setting.metadata['high']
         if value is not None and low is not None and not low <= value <= high:  # nan is out, too
-            raise UserError(f'{flag(setting.name)} {value}: not from {low} to {high}')
+            limits = f'from {low} on' if high == 1e15 else f'from {low} to {high}'
+            raise UserError(f'{flag(setting.name)} {value}: must be {limits}')
     options = options_class(**given)
     if options_class is SamplingOptions:
         check_sampling(command, options)
@@ -3062,8 +3086,14 @@ def main(argv=None):
         return run(options) or 0
     except KeyboardInterrupt:
         return 130
-    except (UserError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        print('error:', ' '.join(str(error).split()), file=sys.stderr)
+    except (
+        UserError,
+        OSError,
+        MemoryError,
+        FloatingPointError,
+        torch.cuda.OutOfMemoryError,
+    ) as error:
+        complain('error: ' + ' '.join(str(error).split()))
         return 1 if isinstance(error, FloatingPointError) else 2
 
 

@@ -3455,7 +3455,7 @@ def test_evaluate_measures_every_model(trained, capsys):
     above = {name: float(row['mean']) - floor for name, row in table.items()}
     ours = min(mean for name, mean in above.items() if re.match(r'form\d dd', name))
     theirs = min(mean for name, mean in above.items() if 'uncond ddim' in name)
-    said = re.search(r'In 2 steps .* is at ([\d.]+) of the baseline', text)[1]
+    said = re.search(r'With 2 steps .* is ([\d.]+) times that of the baseline', text)[1]
     assert float(said) == pytest.approx(ours / theirs, abs=0.02)
 
     for bad in (
@@ -3959,6 +3959,8 @@ BAD = [
     (['train', '--stage', 1, '--lr', 'inf'], '--lr'),
     (['train', '--stage', 1, '--batch', 10**30], '--batch'),
     (['train', '--stage', 1, '--alpha', 'nan'], '--alpha'),
+    (['train', '--stage', 1, '--clip', 0], '--clip 0.0: must be from 1e-06 to inf'),
+    (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '0,2'], '0,2: takes numbers'),
     (['train', '--stage', 1, '--device', 'cuda:7'], '--device'),
     (['train', '--stage', 1, '--device', 'toaster'], '--device'),
     (['train', '--stage', 1, '--size', 40], '--size 40: no multiple of 16, as 32 or 48'),
@@ -3997,6 +3999,7 @@ BAD = [
     (['sample', '--real', '--gmm', 2], '--gmm: not with --real'),
     (['sample', '--real', '--steps', 2], '--steps: not with --real'),
     (['sample', '--real', '--seed', 2], '--seed: not with --real'),
+    (['sample', '--real', '--temperature', 0], '--temperature: not with --real'),
     (['sample', '--real', '--shared-noise'], '--shared-noise: not with --real'),
     (['evaluate', '--bits', '--gmm', 2], '--gmm: not with --bits'),
     (['evaluate', '--bits', '--guidance', 2], '--guidance: not with --bits'),
