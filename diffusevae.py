@@ -1200,16 +1200,17 @@ class ImageFiles:
         self.grey = True
 
 
-def readable(files):
-    """Read all of `ImageFiles` once: those that can be read, in memory if they fit into 1 GB.
+def readable(paths, size, grey):
+    """Read all pictures once, and keep those that can be read: in memory if they fit into 1 GB.
 
-    What cannot be read is counted in one line: so it is neither trained on nor measured. Progress
-    is shown if it takes more than three seconds.
+    What cannot be read is counted in one line, and neither trained on nor measured. Progress is
+    shown if it takes more than three seconds.
     """
-    channels = 1 if files.grey else 3
-    in_memory = channels * files.size**2 * len(files) <= 1e9
+    files = ImageFiles(paths, {}, size, grey=grey)
+    channels = 1 if grey else 3
+    in_memory = channels * size**2 * len(files) <= 1e9
     progress = Progress(after=3)
-    indices = []
+    kept = []
     pixels = []
     errors = []
     for index, image in enumerate(files.pool.map(files.read_or_error, range(len(files)))):
@@ -1217,7 +1218,7 @@ def readable(files):
         if isinstance(image, UserError):
             errors.append(image)
             continue
-        indices.append(index)
+        kept.append(paths[index])
         if in_memory:
             pixels.append(image)
 
@@ -1226,11 +1227,9 @@ def readable(files):
     if errors:
         count = f'{len(errors)} of {len(files)} image files cannot be read'
         warn(f'{count} and are left out; the first is {errors[0]}')
-    labels = {name: values[indices] for name, values in files.labels.items()}
     if in_memory and pixels:
-        return Images(torch.stack(pixels), labels)
-    paths = [files.paths[index] for index in indices]
-    return ImageFiles(paths, labels, files.size, files.crop, files.grey)
+        return Images(torch.stack(pixels), {})
+    return ImageFiles(kept, {}, size, grey=grey)
 
 
 def load_shapes(data, root, size, train, grey):
@@ -1360,7 +1359,7 @@ def load_folder(data, root, size, train, grey):
         held_out = first_readable(training, size)
         training = [path for path in training if path not in held_out]
     chosen = training if train else held_out
-    images = readable(ImageFiles(chosen, {}, size, grey=bool(grey)))
+    images = readable(chosen, size, grey=bool(grey))
     if len(images) == 0:
         raise UserError(f'--data {data}: needs at least 2 images that can be read')
     return images

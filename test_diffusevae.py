@@ -1738,7 +1738,15 @@ def test_grey_pictures_are_one_channel_in_both_stages(tmp_path, capsys):
     assert run('train', '--stage', 2, '--steps', 2, *SMALL, *out) == 0
     assert run('reconstruct', '--steps', 1, '--num', 1, *out) == 0
 
-    # One picture in colour is enough for three channels.
+    # One picture in colour is enough for three channels, also if it is held out.
+    first = min((tmp_path / 'data').iterdir(), key=lambda path: dv.name_hash(path, path.parent))
+    shutil.copytree(tmp_path / 'data', tmp_path / 'red')
+    for path in (tmp_path / 'red').iterdir():
+        picture(path, colour=(255, 0, 0) if path.name == first.name else (9, 9, 9))
+    red = dv.TrainingOptions(data=str(tmp_path / 'red'), size=8)
+    dv.load_both(red, dv.Progress())
+    assert red.grey is False
+    capsys.readouterr()
     command[-1] = tmp_path / 'colour'
     assert run(*command, *FEW) == 0 and 'one channel' not in capsys.readouterr().out
 
@@ -1785,16 +1793,14 @@ def test_large_sets_are_read_from_files_when_asked_for(tmp_path, monkeypatch, ca
         return read_picture(path, 8, crop, grey)
 
     monkeypatch.setattr(dv, 'read_picture', tiny_for_size_5000)
-    files = dv.ImageFiles(
-        sorted(reds), {'red': torch.tensor([reds[p] for p in sorted(reds)])}, 5000
-    )
-    images = dv.readable(files)
+    images = dv.readable(sorted(reds), 5000, grey=False)
     assert isinstance(images, dv.ImageFiles) and len(images) == 39
     assert capsys.readouterr().err.count('1 of 40 image files cannot be read') == 1
     indices = torch.tensor([7, 5, 38])
     x = images.batch(indices)
-    assert x.shape == (3, 3, 8, 8) and 7 not in images.labels['red']
-    assert (255 * x[:, 0, 0, 0]).round().tolist() == images.labels['red'][indices].tolist()
+    assert x.shape == (3, 3, 8, 8)
+    expected = [reds[images.paths[index]] for index in indices]
+    assert (255 * x[:, 0, 0, 0]).round().tolist() == expected and 7 not in expected
 
     # A file that is lost later is an error, and no other image stands for it.
     Path(images.paths[5]).unlink()
