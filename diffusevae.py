@@ -1733,7 +1733,7 @@ def refuse_what_is_ignored(given, defaults, settings):
         of_the_vae = ('z_dim', 'alpha', 'signal', 'z_cond', 'cond_drop')
         refuse(given, of_the_vae, '--form uncond has no VAE, no draft and no z')
     if not data_set(data).rooted:
-        refuse(given, ('root',), f'--data {data} has no files below it')
+        refuse(given, ('root',), f'--data {data} is not read from there')
     if not data_set(data).mirror:
         refuse(given, ('flip',), f'images of --data {data} are never mirrored')
 
@@ -1813,7 +1813,7 @@ def check_model(options, settings, path):
         refuse(changed(options), ('guidance',), f'{path} was trained without --cond-drop')
     if options.root is not None:
         if not data_set(settings.data).rooted:
-            raise UserError(f'--root: --data {settings.data} has no files below it')
+            raise UserError(f'--root: --data {settings.data} is not read from there')
         settings.root = options.root
     if options.data is not None:
         data = full_path(options.data)
@@ -1961,7 +1961,7 @@ def initialise(options, parent, parent_path, images):
         # The encoder sees colours relative to the mean colour, and the decoder starts from it.
         # Where most pixels are black, or white, training would else begin with driving the last
         # sigmoid to where it is flat, and the code would die before it says anything (NOTES 4).
-        n = min(len(images), 1000, 10**8 // options.size**2)  # that fit into memory
+        n = min(len(images), 1000, 10**8 // options.size**2)  # as many as fit into memory
         y = model.signal(images.batch(range(n)))
         mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [channels]
         model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
@@ -2132,7 +2132,7 @@ class TrainingRun:
                 yield step, inputs
 
     def warn_of_an_empty_code(self, values):
-        """Stage 1: say so, at step 300 and at the end, if all images have the same code.
+        """Stage 1: say so, at step 300 and at a later end, if all images have the same code.
 
         values: losses and gradient norms of the last steps, [steps, len(metrics) + 1].
         """
@@ -2871,14 +2871,7 @@ def evaluate(options):
     held_out = runs[0].images(train=False)
     if len({(run.options.data, run.options.size) for run in runs}) > 1:
         raise UserError(f'--out {options.out}: its models are of different --data; give --form')
-    num = options.num
-    if num is None:
-        num = min(200 if options.bits else 500, len(held_out), len(train_images) // options.seeds)
-    if num < 2 or num > len(held_out) or num * options.seeds > len(train_images):
-        most = min(len(held_out), len(train_images) // options.seeds)
-        works = f'--num from 2 to {most}' if most >= 2 else 'too few to compare'
-        count = f'there are {len(held_out)} held-out and {len(train_images)} training images'
-        raise UserError(f'--num {num}, --seeds {options.seeds}: {count}; {works}')
+    num = number_to_compare(options, len(train_images), len(held_out))
     real = held_out.batch(range(num))
     if options.bits:
         evaluate_bits(runs, real, options)
@@ -2913,6 +2906,20 @@ def evaluate(options):
                 means[trained.options.form, row.sampler, row.spacing, row.steps] = mean
     print_conclusion(means, floor)
     print(path)
+
+
+def number_to_compare(options, n_training, n_held_out):
+    """How many images `evaluate` compares: --num, else what there is. UserError if too many."""
+    # The floor takes other training images for each seed.
+    most = min(n_held_out, n_training // options.seeds)
+    num = options.num
+    if num is None:
+        num = min(200 if options.bits else 500, most)
+    if not 2 <= num <= most:
+        works = f'--num from 2 to {most}' if most >= 2 else 'too few to compare'
+        count = f'there are {n_held_out} held-out and {n_training} training images'
+        raise UserError(f'--num {num}, --seeds {options.seeds}: {count}; {works}')
+    return num
 
 
 def print_conclusion(means, floor):

@@ -3898,20 +3898,25 @@ def test_pytest_grades_a_student_who_solved_some(tmp_path):
 
 
 def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
-    """A line an exercise and the points, for code that prints or ends the process, too."""
+    """A line an exercise and the points, for code that prints, exits or kills, too."""
     skip_unless_all_are_solved()
-    only_first = {'reparameterize': EXERCISES['reparameterize']}
-    monkeypatch.setattr(sys.modules[__name__], 'EXERCISES', only_first)
+    first_two = {name: EXERCISES[name] for name in ('reparameterize', 'kl_divergence')}
+    monkeypatch.setattr(sys.modules[__name__], 'EXERCISES', first_two)
     path = tmp_path / 'student.py'
     text = GRADED.read_text()
     last = '    return mu + torch.exp(logvar / 2) * eps\n'
     assert text.count(last) == 1
 
-    path.write_text(text.replace(last, "    print('a line of the student')\n" + last))
-    lecture('grade', path)
+    # The first exercise prints, the second one exits.
+    prints = text.replace(last, "    print('a line of the student')\n" + last)
+    signature = 'def kl_divergence(mu, logvar):\n'
+    assert signature in prints
+    path.write_text(prints.replace(signature, signature + '    sys.exit()\n'))
+    assert lecture('grade', path) == 1
     captured = capfd.readouterr()
     lines = captured.out.splitlines()
     assert lines[0] == 'exercise  1 reparameterize   1 of 1' and captured.err == ''
+    assert lines[1].startswith('exercise  2 kl_divergence    0 of 2  does not hold: The KL is')
     assert len(lines) == 16 and lines[-1] == 'student.py: 1 of 27 points'
 
     path.write_text(text.replace(last, '    os._exit(0)\n' + last))
