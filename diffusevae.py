@@ -502,13 +502,15 @@ class Diffusion(nn.Module):
         spacing='quadratic',
         variance='small',
         eta=0.0,
+        watch=None,
     ):
         """Run the reverse chain from y_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
 
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
         broadcasts to y_T's: [1, C, H, W] if all images share it.
-        variance matters to the sampler 'ddpm' only, eta to 'ddim' only. Raises UserError for names
-        that are not in SAMPLERS, SPACINGS or VARIANCES.
+        variance matters to the sampler 'ddpm' only, eta to 'ddim' only.
+        watch: None, or a function that is called in each step with y_t and the estimate of x_0.
+        Raises UserError for names that are not in SAMPLERS, SPACINGS or VARIANCES.
         """
         if sampler not in SAMPLERS or variance not in VARIANCES:
             raise UserError(f'{sampler=}, {variance=}: must be in {SAMPLERS} and {VARIANCES}')
@@ -526,6 +528,8 @@ class Diffusion(nn.Module):
             # [-1, 1]; where t is large and errors of eps are multiplied by up to 157, the clip
             # keeps the chain on course.
             x_0 = predict_x0(y, alpha_bar, eps).clamp(-1, 1)
+            if watch is not None:
+                watch(y, x_0)
 
             # Take one step towards it, to the next smaller time of the grid.
             if sampler == 'ddpm':
@@ -1740,7 +1744,7 @@ def refuse_what_is_ignored(given, defaults, settings):
 
 # The commands in which the user chooses one kind of chain (`evaluate` compares several), and those
 # that draw z from the prior.
-CHAINS = ('sample', 'reconstruct', 'interpolate', 'edit', 'robust')
+CHAINS = ('sample', 'reconstruct', 'chain', 'interpolate', 'edit', 'robust')
 PRIOR = ('sample', 'evaluate')
 
 
@@ -1752,7 +1756,9 @@ class SamplingOptions:
     form: str = option('which model (default: the first there is)', choices=FORMS)
     data: str = option('the folder of the training images, if it has moved')
     root: str = option('as for train, if it has moved')
-    num: int = option('images (default 64; evaluate 500, its bound 200; pictures 8, edit 9)', low=1)
+    num: int = option(
+        'images (default 64; evaluate 500, its bound 200; pictures 8, edit 9, chain 2)', low=1
+    )
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
     sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
     spacing: str = option('of the times', 'quadratic', choices=SPACINGS, commands=CHAINS)
@@ -2348,11 +2354,11 @@ def same_noise(model, options, key='shared noise'):
     return noise_source(model, make_generator(options.seed, key), 1)
 
 
-def paint(model, options, z, draw_noise, draft=None):
+def paint(model, options, z, draw_noise, draft=None, watch=None):
     """Draft and refine: {'draft', 'refined'}, each [n, C, H, W] in [0, 1] on the CPU.
 
     z: codes [n, z_dim]; draw_noise: a `noise_source` of 1 or at least n noises; draft: in place of
-    the decoder's. Without a VAE only 'refined' is returned.
+    the decoder's; watch: as for `Diffusion.sample`. Without a VAE only 'refined' is returned.
     """
     z = z.to(model.device)
     if draft is not None:
@@ -2372,6 +2378,7 @@ def paint(model, options, z, draw_noise, draft=None):
         spacing=options.spacing,
         variance=options.variance,
         eta=options.eta,
+        watch=watch,
     )
     images = {} if draft is None else {'draft': draft.cpu()}
     return images | {'refined': refined.cpu()}
@@ -2475,8 +2482,8 @@ def write_folder(options, trained, num, names, draw):
 # better images: each is a command that draws a picture or prints a table. NOTES 5 has the results.
 
 # ==== 9. WHAT z CONTROLS ==========================================================================
-# A code and a noise make an image: z decides the layout, the noise decides the detail. The pictures
-# of this section change one of them at a time. All their codes are those of held-out images.
+# A code and a noise make an image: z decides the layout, the noise the detail. `chain` shows how;
+# the other pictures change one of them at a time. All their codes are those of held-out images.
 
 
 def slerp(a, b, w):
@@ -2502,6 +2509,12 @@ def load_for_pictures(options, n):
     return trained, x, trained.encode(x)
 
 
+def refuse_different_data(runs, options):
+    """Raise a UserError if `Trained` models of one folder were trained on different images."""
+    if len({(run.options.data, run.options.size) for run in runs}) > 1:
+        raise UserError(f'--out {options.out}: its models are of different --data; give --form')
+
+
 def reconstruct(options):
     """The command `reconstruct`: held-out images, the drafts of their mean codes, and refined."""
     trained, x, mu = load_for_pictures(options, n=options.num or 8)
@@ -2509,6 +2522,75 @@ def reconstruct(options):
     rows = {'image': x, trained.options.signal: model.vae.signal(x)}
     rows |= paint(model, options, mu, same_noise(model, options))
     trained.write_picture('reconstruct', rows.items())
+
+
+def chain(options):
+    """The command `chain`: the forward processes, and the reverse chain, at ten of its times."""
+    num = options.num or 2
+    trained, x, mu = load_for_pictures(options, n=num)
+    runs = [trained]
+    if checkpoint_path(options.out, 2, 'uncond').exists():
+        runs.append(load_trained(replace(options, guidance=0.0), form='uncond'))
+    refuse_different_data(runs, options)
+
+    # From left to right: time 0, which is the image, and up to ten of the chain's times. (The
+    # chain itself falls through them, from right to left.)
+    diffusion = trained.model.diffusion
+    times = time_grid(diffusion.T, options.steps, options.spacing)[::-1]
+    shown = torch.linspace(0, len(times) - 1, min(len(times), 10)).round().int().tolist()
+    columns = ['0'] + [str(times[i] + 1) for i in shown]  # as in formulas: t = 1 ... T
+
+    # Forward: one noise for all times, so that only its share changes. In Formulation 2, x_t is y_t
+    # plus the draft from t = 1 on.
+    x_0 = 2 * x - 1
+    x_hat = 2 * trained.model.vae.decode(mu.to(trained.model.device)).cpu() - 1
+    eps = same_noise(trained.model, options, 'forward noise')()
+    forward_1 = [x_0]
+    forward_2 = [x_0]
+    for i in shown:
+        y_t = q_sample(x_0, diffusion.schedule[times[i]], eps)
+        forward_1.append(y_t)
+        forward_2.append(y_t + x_hat)
+
+    # Reverse: what each chain passes through. It ends in the image, at time 0.
+    reverse = [passed_through(run, options, mu, shown) for run in runs]
+
+    # A block of rows for each image; the draft stands where Formulation 2's process leads.
+    rows = []
+    for i in range(num):
+        blank = torch.ones(len(shown), *x_0.shape[1:])
+        rows.append(('forward 1', row_of(forward_1, i)))
+        rows.append(('forward 2', row_of(forward_2, i)))
+        rows.append(('draft', torch.cat([blank, row_of([x_hat], i)])))
+        for run, (y, estimates) in zip(runs, reverse):
+            rows.append((f'{name_of(run.options.form)} y', row_of(y, i)))
+            rows.append(('estimate', row_of(estimates, i)))
+    trained.write_picture('chain', rows, columns)
+
+
+def passed_through(trained, options, z, shown):
+    """y_t and the estimates of x_0, two lists of [n, C, H, W]: x_0, then those of rising times.
+
+    z: codes [n, z_dim]; shown: which of the chain's times, counted from the smallest.
+    """
+    y = []
+    estimates = []
+
+    def watch(y_t, x_0):
+        y.append(y_t.cpu())
+        estimates.append(x_0.cpu())
+
+    draw_noise = same_noise(trained.model, options)
+    refined = paint(trained.model, options, z, draw_noise, watch=watch)['refined']
+    x_0 = 2 * refined - 1
+    y.reverse()
+    estimates.reverse()
+    return [x_0] + [y[i] for i in shown], [x_0] + [estimates[i] for i in shown]
+
+
+def row_of(batches, i):
+    """The i-th image of each batch [n, C, H, W] in [-1, 1], as a row in [0, 1]."""
+    return torch.stack([batch[i] + 1 for batch in batches]) / 2
 
 
 def interpolate(options):
@@ -2867,10 +2949,9 @@ def described(options, names, template=', {} {}'):
 def evaluate(options):
     """The command `evaluate`: distances to held-out images, by model, sampler and network calls."""
     runs = [load_trained(options, form) for form in trained_forms(options)]
+    refuse_different_data(runs, options)
     train_images = runs[0].images(train=True)
     held_out = runs[0].images(train=False)
-    if len({(run.options.data, run.options.size) for run in runs}) > 1:
-        raise UserError(f'--out {options.out}: its models are of different --data; give --form')
     num = number_to_compare(options, len(train_images), len(held_out))
     real = held_out.batch(range(num))
     if options.bits:
@@ -2997,6 +3078,7 @@ COMMANDS = {
     'train': (train, TrainingOptions, 'train a stage: start, resume or extend a run'),
     'sample': (sample, SamplingOptions, 'drafts above refined images, or a folder of PNGs'),
     'reconstruct': (reconstruct, SamplingOptions, 'held-out images, their drafts, and refined'),
+    'chain': (chain, SamplingOptions, 'an image noised, and the way back, time by time'),
     'interpolate': (interpolate, SamplingOptions, 'between two codes, and between two noises'),
     'edit': (edit, SamplingOptions, 'move codes along the direction of an attribute'),
     'robust': (robust, SamplingOptions, 'damage a draft more and more before it is refined'),
