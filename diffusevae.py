@@ -2250,14 +2250,13 @@ CHUNK = 64
 
 
 class Trained(NamedTuple):
-    """A trained model with its averaged weights, its settings and steps, and its checkpoint.
+    """A trained model with its averaged weights, its settings, and the path of its checkpoint.
 
     Images and codes that its methods take and return are on the CPU, images [n, C, H, W] in [0, 1].
     """
 
     model: DiffuseVAE
     options: TrainingOptions
-    step: int
     path: Path
 
     def images(self, train):
@@ -2329,7 +2328,7 @@ def load_trained(options, form=None):
     load_weights(model, saved['ema'], path)
     model.requires_grad_(False).eval()
     model.to(choose_machine(options.device).device)
-    return Trained(model, settings, saved['step'], path)
+    return Trained(model, settings, path)
 
 
 def load(out='runs/shapes', form=None, device=None):
@@ -2439,6 +2438,14 @@ def sample_real(options, trained, num):
     write_folder(options, trained, num, ['real'], batch)
 
 
+def digest_of(model):
+    """A text that tells the weights of a model from all others."""
+    digest = hashlib.sha256()
+    for weights in model.state_dict().values():
+        digest.update(weights.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def write_folder(options, trained, num, names, draw):
     """Write num images of each name, as <folder>/<name>/000000.png and so on.
 
@@ -2457,7 +2464,7 @@ def write_folder(options, trained, num, names, draw):
     if options.real:
         settings = {'real': Path(trained.options.data).name, 'size': trained.options.size}
     else:
-        settings |= {'model': model, 'step': trained.step}
+        settings |= {'model': model, 'weights': digest_of(trained.model)}
     text = json.dumps(settings, indent=1)
     note = folder / 'settings.json'
     if note.exists() and note.read_text() != text:

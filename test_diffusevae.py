@@ -3213,6 +3213,18 @@ def test_png_folder_is_restartable_and_refuses_other_settings(trained, tmp_path,
     assert run(*command, '--seed', 1) == 2 and 'settings.json' in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files} == first
 
+    # The same settings, but another VAE.
+    shutil.copytree(trained, tmp_path / 'copy')
+    path = tmp_path / 'copy/stage2-form1.pt'
+    saved = torch.load(path, weights_only=True)
+    saved['ema']['vae.head.bias'] += 0.01
+    torch.save(saved, path)
+    assert run(*command, '--out', tmp_path / 'copy') == 2
+    assert 'settings.json' in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files} == first
+    shutil.copy(trained / 'stage2-form1.pt', path)
+    assert run(*command, '--out', tmp_path / 'copy') == 0  # the same model, elsewhere
+
     command = ['sample', '--out', trained, '--real', '--num', 3, '--png', tmp_path / 'real']
     assert run(*command) == 0
     known = {x.numpy().tobytes() for x in load_images('shapes').pixels}
