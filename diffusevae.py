@@ -37,6 +37,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -1757,7 +1758,8 @@ class SamplingOptions:
     data: str = option('the folder of the training images, if it has moved')
     root: str = option('as for train, if it has moved')
     num: int = option(
-        'images (default 64; evaluate 500, its bound 200; pictures 8, edit 9, chain 2)', low=1
+        'images, or columns of a picture (64; evaluate 500, its bound 200; 8, edit 9, chain 2)',
+        low=1,
     )
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
     sampler: str = option('update rule', 'ddpm', choices=SAMPLERS, commands=CHAINS)
@@ -1814,7 +1816,7 @@ def check_model(options, settings, path):
     if options.steps > settings.timesteps:
         raise UserError(f'--steps {options.steps}: from 1 to T = {settings.timesteps}')
     if settings.form == 'uncond':
-        refuse(changed(options), ('guidance',), '--form uncond has no draft to be guided by')
+        refuse(changed(options), ('guidance',), '--form uncond has no draft; give --form 1 or 2')
     elif not settings.cond_drop:
         refuse(changed(options), ('guidance',), f'{path} was trained without --cond-drop')
     if options.root is not None:
@@ -2256,54 +2258,75 @@ class Trained(NamedTuple):
     """
 
     model: DiffuseVAE
-    options: TrainingOptions
+    settings: TrainingOptions
     path: Path
 
     def images(self, train):
         """The training or the held-out images: an object with a length and `batch(indices)`."""
-        return load_images(self.options, train)
+        return load_images(self.settings, train)
 
     def encode(self, images):
         """The mean codes of images: [n, z_dim]. UserError for the baseline, which has no codes."""
+        self.require_codes()
+        mu, _ = encode_batches(self.model, images.split(CHUNK))
+        return mu
+
+    def require_codes(self):
+        """Raise a UserError if there is no VAE."""
         if self.model.vae is None:
             raise UserError(f'{self.path}: --form uncond has no codes')
-        means = []
-        for x in images.split(CHUNK):
-            mu, _ = self.model.vae.encode(x.to(self.model.device))
-            means.append(mu.cpu())
-        return torch.cat(means)
 
     def generate(self, num=8, z=None, seed=0, steps=50, sampler='ddpm'):
         """(drafts, refined images) of num codes from the prior, or of given codes z [n, z_dim].
 
         Codes from the prior get a noise each; given ones share one, so that z is their only
         difference. Drafts are None for the baseline. UserError for steps or a sampler that there
-        is not.
+        is not, and for codes where the model has none.
         """
         options = SamplingOptions(seed=seed, steps=steps, sampler=sampler)
-        check_model(options, self.options, self.path)
-        progress = Progress(after=3)
+        check_model(options, self.settings, self.path)
         if z is not None:
+            self.require_codes()
             num = len(z)
         if num < 1:
             raise UserError(f'{num} images: at least one')
-        parts = []
-        for first in range(0, num, CHUNK):
-            n = min(CHUNK, num - first)
+
+        def draw(chunk, n):
             if z is None:
-                parts.append(sample_chunk(self.model, options, first // CHUNK, n))
-            else:
-                codes = z[first : first + n]
-                parts.append(paint(self.model, options, codes, same_noise(self.model, options)))
-            progress.show(f'{first + n}/{num} images', end=progress.open and first + n == num)
-        images = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                return sample_chunk(self.model, options, chunk, n)
+            codes = z[chunk * CHUNK : chunk * CHUNK + n]
+            return paint(self.model, options, codes, same_noise(self.model, options))
+
+        images = draw_chunks(draw, num, Progress(after=3))
         return images.get('draft'), images['refined']
 
     def write_picture(self, name, rows, columns=()):
         """Write rows [(label, images)] beside the checkpoint, and say where."""
-        path = self.path.with_name(f'{name}-{name_of(self.options.form)}.png')
-        write_grid(path, list(rows), self.options.data, columns)
+        path = self.path.with_name(f'{name}-{name_of(self.settings.form)}.png')
+        write_grid(path, list(rows), self.settings.data, columns)
         print(path)
+
+
+def encode_batches(model, batches):
+    """(mu, logvar), each [N, z_dim] on the CPU, of all images in batches [n, C, H, W]."""
+    encoded = [model.vae.encode(x.to(model.device)) for x in batches]
+    mu = torch.cat([mu for mu, _ in encoded]).cpu()
+    logvar = torch.cat([logvar for _, logvar in encoded]).cpu()
+    return mu, logvar
+
+
+def draw_chunks(draw, num, progress=None):
+    """Images 0 to num - 1, chunk by chunk: {name: [num, C, H, W]}.
+
+    draw(chunk, n): the first n images of a chunk, by name.
+    """
+    parts = []
+    for chunk, first in enumerate(range(0, num, CHUNK)):
+        end = min(num, first + CHUNK)
+        parts.append(draw(chunk, end - first))
+        if progress is not None:
+            progress.show(f'{end}/{num} images', end=progress.open and end == num)
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def trained_forms(options):
@@ -2320,21 +2343,22 @@ def load_trained(options, form=None):
     """The `Trained` model of --out and of the form, by default of the first that there is."""
     path, saved = load_checkpoint(options.out, 2, form or trained_forms(options)[0])
     settings = TrainingOptions(**saved['options'])
-    if options.bits:
-        settings.precision = 'float32'  # a bound should be exact
     check_model(options, settings, path)
+    machine = choose_machine(options.device)
+    if options.bits or machine.precision == 'float32':
+        settings.precision = 'float32'  # a bound should be exact; emulated bfloat16 is slow
 
     model = build(settings)
     load_weights(model, saved['ema'], path)
     model.requires_grad_(False).eval()
-    model.to(choose_machine(options.device).device)
+    model.to(machine.device)
     return Trained(model, settings, path)
 
 
 def load(out='runs/shapes', form=None, device=None):
     """The `Trained` model in the folder of a run, for a notebook; by default the first form.
 
-    UserError if there is none. If its images have moved, set `options.data` of what it returns.
+    UserError if there is none. If its images have moved, set `settings.data` of what it returns.
     """
     return load_trained(SamplingOptions(out=out, form=form, device=device))
 
@@ -2349,7 +2373,10 @@ def noise_source(model, generator, n):
 
 
 def same_noise(model, options, key='shared noise'):
-    """A `noise_source` of one noise for all images, which leaves z as their only difference."""
+    """A new `noise_source` of one noise for all images, which leaves z as their only difference.
+
+    Each step draws a fresh one. Make a source for each painting: a used one goes on where it is.
+    """
     return noise_source(model, make_generator(options.seed, key), 1)
 
 
@@ -2458,17 +2485,23 @@ def write_folder(options, trained, num, names, draw):
 
     # Images of other settings, or of another model, must not end up in the same folder.
     # (Where files are and on which device they are made does not matter.)
-    elsewhere = dict(out=None, root=None, device=None)
-    settings = asdict(replace(options, num=None, png=None, data=None, **elsewhere))
-    model = asdict(replace(trained.options, data=None, **elsewhere))
+    elsewhere = dict(out=None, root=None, data=None, device=None)
     if options.real:
-        settings = {'real': Path(trained.options.data).name, 'size': trained.options.size}
+        content = {'real': Path(trained.settings.data).name, 'size': trained.settings.size}
     else:
-        settings |= {'model': model, 'weights': digest_of(trained.model)}
-    text = json.dumps(settings, indent=1)
+        content = asdict(replace(options, num=None, png=None, form=None, **elsewhere))
+        content['model'] = asdict(replace(trained.settings, **elsewhere))
+        content['weights'] = digest_of(trained.model)
+    text = json.dumps(content, indent=1)
     note = folder / 'settings.json'
     if note.exists() and note.read_text() != text:
         raise UserError(f'--png {folder}: is of other settings; {note} says which')
+    for name in names:
+        there = len(list((folder / name).glob('*.png')))
+        if there and not note.exists():
+            raise UserError(f'--png {folder}: has pictures in {name} already; name another folder')
+        if there > num:
+            raise UserError(f'--png {folder}: has {there} pictures in {name}, --num is {num}')
     if machine.rank == 0:
         write_atomically(note, lambda file: file.write(text.encode()))
 
@@ -2479,7 +2512,7 @@ def write_folder(options, trained, num, names, draw):
         paths = [folder / name / f'{i:06}.png' for name in names for i in range(first, end)]
         if not all(path.exists() for path in paths):
             images = torch.cat(list(draw(chunk, end - first)))
-            for path, pixels in zip(paths, to_uint8(images, trained.options.data)):
+            for path, pixels in zip(paths, to_uint8(images, trained.settings.data)):
                 write_png(path, to_pil_image(pixels))
         progress.show(f'{end}/{num} images in {folder}', end=chunk == chunks[-1])
 
@@ -2489,16 +2522,17 @@ def write_folder(options, trained, num, names, draw):
 # better images: each is a command that draws a picture or prints a table. NOTES 5 has the results.
 
 # ==== 9. WHAT z CONTROLS ==========================================================================
-# A code and a noise make an image: z decides the layout, the noise the detail. `chain` shows how;
-# the other pictures change one of them at a time. All their codes are those of held-out images.
+# A code and a noise make an image: z decides the layout, the noise the detail. `reconstruct` and
+# `chain` show it, `interpolate` and `edit` change one of the two, `robust` damages the draft in
+# between. All start from codes of held-out images.
 
 
 def slerp(a, b, w):
     """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
     # sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b
     #
-    # The mean of two noises has half their variance, which no noisy image has; on the arc the
-    # variance stays (NOTES 2.8). The cosine is clamped, so that parallel vectors work, too.
+    # The mean of two noises has half of the variance that the network was trained on; on the arc
+    # it stays (NOTES 2.8). The cosine is clamped, so that parallel vectors work, too.
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999)
     theta = cosine.acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
@@ -2507,26 +2541,28 @@ def slerp(a, b, w):
 def load_for_pictures(options, n):
     """A `Trained` model with a VAE, n held-out images [n, C, H, W], their mean codes [n, z_dim]."""
     trained = load_trained(options)
-    form = trained.options.form
-    num = options.num or 8
-    if num > CHUNK or form == 'uncond':
-        raise UserError(f'--form {form} --num {num}: takes form 1 or 2, up to {CHUNK} images')
+    form = trained.settings.form
+    if form == 'uncond':
+        raise UserError(f'{trained.path}: --form uncond has no codes; train form 1 or 2')
+    if options.num is not None and options.num > CHUNK:
+        raise UserError(f'--num {options.num}: up to {CHUNK} in a picture')
     held_out = trained.images(train=False)
     x = held_out.batch([i % len(held_out) for i in range(n)])
     return trained, x, trained.encode(x)
 
 
-def refuse_different_data(runs, options):
-    """Raise a UserError if `Trained` models of one folder were trained on different images."""
-    if len({(run.options.data, run.options.size) for run in runs}) > 1:
-        raise UserError(f'--out {options.out}: its models are of different --data; give --form')
+def comparable(trained):
+    """What the settings of models must have in common to be compared."""
+    return trained.settings.data, trained.settings.size, trained.settings.timesteps
 
 
 def reconstruct(options):
     """The command `reconstruct`: held-out images, the drafts of their mean codes, and refined."""
     trained, x, mu = load_for_pictures(options, n=options.num or 8)
     model = trained.model
-    rows = {'image': x, trained.options.signal: model.vae.signal(x)}
+    rows = {'image': x}
+    if trained.settings.signal != 'image':
+        rows[trained.settings.signal] = model.vae.signal(x)  # what the VAE models of it
     rows |= paint(model, options, mu, same_noise(model, options))
     trained.write_picture('reconstruct', rows.items())
 
@@ -2536,9 +2572,12 @@ def chain(options):
     num = options.num or 2
     trained, x, mu = load_for_pictures(options, n=num)
     runs = [trained]
+
+    # The baseline's chain stands below, for the same noise, if it is of the same images and times.
     if checkpoint_path(options.out, 2, 'uncond').exists():
-        runs.append(load_trained(replace(options, guidance=0.0), form='uncond'))
-    refuse_different_data(runs, options)
+        baseline = load_trained(replace(options, guidance=0.0), form='uncond')
+        if comparable(baseline) == comparable(trained):
+            runs.append(baseline)
 
     # From left to right: time 0, which is the image, and up to ten of the chain's times. (The
     # chain itself falls through them, from right to left.)
@@ -2551,7 +2590,8 @@ def chain(options):
     # plus the draft from t = 1 on.
     x_0 = 2 * x - 1
     x_hat = 2 * trained.model.vae.decode(mu.to(trained.model.device)).cpu() - 1
-    eps = same_noise(trained.model, options, 'forward noise')()
+    draw_noise = same_noise(trained.model, options, 'forward noise')
+    eps = draw_noise()
     forward_1 = [x_0]
     forward_2 = [x_0]
     for i in shown:
@@ -2559,10 +2599,12 @@ def chain(options):
         forward_1.append(y_t)
         forward_2.append(y_t + x_hat)
 
-    # Reverse: what each chain passes through. It ends in the image, at time 0.
+    # Reverse: what each chain passes through. It ends in the image, at time 0. (The rows show y_t;
+    # for Formulation 2, x_t would be this plus the draft.)
     reverse = [passed_through(run, options, mu, shown) for run in runs]
 
-    # A block of rows for each image; the draft stands where Formulation 2's process leads.
+    # A block of rows for each image; the draft stands below the largest time, towards which
+    # Formulation 2's process leads.
     rows = []
     for i in range(num):
         blank = torch.ones(len(shown), *x_0.shape[1:])
@@ -2570,7 +2612,7 @@ def chain(options):
         rows.append(('forward 2', row_of(forward_2, i)))
         rows.append(('draft', torch.cat([blank, row_of([x_hat], i)])))
         for run, (y, estimates) in zip(runs, reverse):
-            rows.append((f'{name_of(run.options.form)} y', row_of(y, i)))
+            rows.append((f'{name_of(run.settings.form)} y', row_of(y, i)))
             rows.append(('estimate', row_of(estimates, i)))
     trained.write_picture('chain', rows, columns)
 
@@ -2596,7 +2638,7 @@ def passed_through(trained, options, z, shown):
 
 
 def row_of(batches, i):
-    """The i-th image of each batch [n, C, H, W] in [-1, 1], as a row in [0, 1]."""
+    """The i-th image of each batch [n, C, H, W], as a row: [-1, 1] becomes [0, 1]."""
     return torch.stack([batch[i] + 1 for batch in batches]) / 2
 
 
@@ -2610,8 +2652,8 @@ def interpolate(options):
     z = torch.stack([slerp(mu[0], mu[1], w) for w in weights])
     rows = paint(model, options, z, same_noise(model, options))
 
-    # Between two noises, with the first code: those of every step, since a chain of many steps
-    # forgets y_T.
+    # Between two noises, with the first code: those of every step, since an ancestral chain adds
+    # noise in each and forgets y_T.
     one = same_noise(model, options)
     other = same_noise(model, options, 'other noise')
 
@@ -2651,13 +2693,9 @@ def has_attribute(labels, text):
 
 
 def encode_all(trained, images):
-    """(mu, logvar) of a set of images, each [N, z_dim] on the CPU."""
-    encoded = []
-    for indices in torch.arange(len(images)).split(CHUNK):
-        encoded.append(trained.model.vae.encode(images.batch(indices).to(trained.model.device)))
-    mu = torch.cat([mu for mu, _ in encoded]).cpu()
-    logvar = torch.cat([logvar for _, logvar in encoded]).cpu()
-    return mu, logvar
+    """(mu, logvar), each [N, z_dim], of a whole set of images."""
+    chunks = torch.arange(len(images)).split(CHUNK)
+    return encode_batches(trained.model, (images.batch(indices) for indices in chunks))
 
 
 def edit(options):
@@ -2688,7 +2726,9 @@ def robust(options):
     generator = make_generator(options.seed, 'robust')
     draft = model.vae.decode(mu.to(model.device)).cpu()
 
-    # Noise, blur, and missing blocks of 4x4 pixels: the refiner saw none of them in training.
+    # At strength s: noise of deviation s / 2; a blur of 6 s pixels (and 0.01, as 0 is not allowed);
+    # a share s of the blocks of 4x4 pixels, replaced by the mean. The diffusion model saw none of
+    # them in training. (z stays as it is, for a model that is shown it, too.)
     noisy = (draft + 0.5 * s * torch.randn(draft.shape, generator=generator)).clamp(0, 1)
     blurred = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
     height, width = draft.shape[2:]
@@ -2724,8 +2764,10 @@ def halve(x):
 def double(low, resolution):
     """The way back from `halve`, but for the detail: [N, C, R / 2, R / 2] -> [N, C, R, R]."""
     # Pixel i of the lower level lies on pixel 2 i of the upper one. So its pixels are set there,
-    # zeros between them, and blurred. As three of four are zeros, the kernel is four times as
-    # large. `conv_transpose2d` does all this. (`interpolate` would put pixel i at 2 i + 1/2.)
+    # zeros between them, and blurred; as three of four are zeros, the kernel's values are those of
+    # `halve` times four. `conv_transpose2d` does all this. Its padding cuts off four pixels on each
+    # side: two of the replicated border and two of the kernel; output_padding makes the resolution
+    # even again. (`interpolate` would put pixel i at 2 i + 1/2.)
     padded = F.pad(low, (1, 1, 1, 1), 'replicate')
     return F.conv_transpose2d(
         padded,
@@ -2752,18 +2794,18 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
 
     Source: Karras et al., 2018. It needs no pretrained network; it is not FID, nor comparable.
     """
-    # In one dimension the Wasserstein distance of two samples is the mean difference of their
-    # sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
+    # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
+    # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
     # directions. Both sets are normalised by the real one's mean and deviation: normalised by
     # their own, drifting colours and weak contrast would not show.
     if images.shape != real.shape:
         raise ValueError(f'sets of different shapes: {images.shape} and {real.shape}')
     generator = make_generator('sliced Wasserstein')
     distances = []
-    for ours, theirs in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
-        mean = theirs.mean((0, 2, 3), keepdim=True)
-        std = theirs.std((0, 2, 3), keepdim=True)
-        n, channels, resolution, _ = theirs.shape
+    for of_images, of_real in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
+        mean = of_real.mean((0, 2, 3), keepdim=True)
+        std = of_real.std((0, 2, 3), keepdim=True)
+        n, channels, resolution, _ = of_real.shape
         numbers = channels * 49
 
         # The same places of both sets' images, and the same directions.
@@ -2771,7 +2813,7 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
         place = torch.randint(places**2, (n, patches), generator=generator)
         direction = F.normalize(torch.randn(numbers, directions, generator=generator), dim=0)
         projected = []
-        for level in (ours, theirs):
+        for level in (of_images, of_real):
             # All patches, as a view that copies nothing: [n, channels, places, places, 7, 7]. Then
             # the chosen ones: [n, patches, channels, 7, 7].
             windows = ((level - mean) / std).unfold(2, 7, 1).unfold(3, 7, 1)
@@ -2805,7 +2847,8 @@ def em_step(z, r, ridge=1e-6):
 
 
 def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
-    """Fit K Gaussians to z [N, D]: (weights, means, covariances), and the likelihood's rise."""
+    """Fit K Gaussians to z [N, D]: (weights, means, covariances), and their mean log-likelihood
+    after each iteration."""
     # Start with k-means: every z to its nearest mean, every mean to the middle of its z.
     means = z[torch.randperm(len(z), generator=generator)[:K]]
     for _ in range(10):
@@ -2825,12 +2868,16 @@ def fit_mixture(z, K, generator, iterations=100, ridge=1e-6):
 def mixture_of_codes(trained, K):
     """Ex-PDE: (weights [K], means [K, z_dim], Cholesky factors) of Gaussians fitted to the codes.
 
-    The codes of the training images are not quite N(0, I), so some z ~ N(0, I) fall where the
-    decoder was never trained. Codes from a mixture fitted to z ~ q(z|x) do not.
+    Ex-PDE stands for ex-post density estimation. The codes of the training images are not quite
+    N(0, I), so some z ~ N(0, I) fall where the decoder was never trained. Codes from a mixture
+    fitted to z ~ q(z|x) do so less often.
     """
     if trained.model.vae is None:
         raise UserError('--gmm: --form uncond has no codes')
-    mu, logvar = encode_all(trained, trained.images(train=True))
+    images = trained.images(train=True)
+    if len(images) < K:
+        raise UserError(f'--gmm {K}: there are {len(images)} training images')
+    mu, logvar = encode_all(trained, images)
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
     (weights, means, covariances), _ = fit_mixture(z, K, generator)
@@ -2842,44 +2889,52 @@ def sum_of_pixels(values):
     return values.flatten(1).sum(dim=1)
 
 
-def decoder_nats(x_0, mean, std):
+def nats_of_L_0(x_0, mean, std):
     """-log of the mass that a Gaussian has in the bin of each pixel's grey level: [B]."""
-    # Grey levels are 2/255 apart; the bins of the darkest and the brightest are open. A Gaussian is
-    # symmetric: the bin is mirrored to the lower tail, where its distribution function is exact.
+    # Grey levels are 2/255 apart; the bins of the darkest and the brightest are open. The mass
+    # between two edges is a difference of distribution functions. As a Gaussian is symmetric, each
+    # bin is moved to the left of the mean, where both are small numbers that keep their digits.
     # (An open bin stays open towards the far side, since the mean is in [-1, 1].)
     distance = (x_0 - mean).abs()
     high = torch.special.log_ndtr((1 / 255 - distance) / std)
     low = torch.special.log_ndtr((-1 / 255 - distance) / std)
-    low = low.where(x_0.abs() < 0.999, -math.inf)
+    low = low.where(x_0.abs() < 0.999, -math.inf)  # the darkest and the brightest are at -1 and 1
     return -sum_of_pixels(high + torch.log1p(-(low - high).exp()))
 
 
-def chain_nats(x_0, predicted_x0, alpha_bar, generator, variance, strata):
+def nats_of_L_t(x_0, predicted_x0, alpha_bar, generator, variance, strata):
     """The sum of L_t in `bound`: [B]. One random t stands for all t of a part of the sum."""
     total = 0
     for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
         t = part[(len(part) * torch.rand(len(x_0), generator=generator)).long()]
 
-        # The means are linear in x_0: their difference is the mean that the error of x_0 has.
+        # The posterior's mean is linear in (x_0, y_t), and both Gaussians have the same y_t. So the
+        # difference of their means is the posterior's mean for (error of x_0, 0).
         error = x_0 - predicted_x0(t)
-        difference, theirs = q_posterior(error, 0, alpha_bar[t], alpha_bar[t - 1])
-        ours = theirs if variance == 'small' else 1 - alpha_bar[t] / alpha_bar[t - 1]
-        posterior = Normal(difference, theirs**0.5)
-        L_t = torch.distributions.kl_divergence(posterior, Normal(0.0, ours**0.5))
+        difference, of_posterior = q_posterior(error, 0, alpha_bar[t], alpha_bar[t - 1])
+        of_model = of_posterior
+        if variance == 'large':
+            of_model = 1 - alpha_bar[t] / alpha_bar[t - 1]
+        posterior = Normal(difference, of_posterior**0.5)
+        L_t = torch.distributions.kl_divergence(posterior, Normal(0.0, of_model**0.5))
         total = total + len(part) * sum_of_pixels(L_t)
     return total
 
 
 def bound(model, x, generator, variance='small', strata=20):
-    """An upper bound of -log p(x) for x [B, C, H, W] in [0, 1]: its terms in nats, {name: [B]}.
+    """An estimate of an upper bound of -log p(x), x [B, C, H, W] in [0, 1]: its terms in nats.
+
+    The estimate is unbiased: from one z, and one t for each part of the sum. Returns {name: [B]}.
 
     strata: one random t is drawn from each of so many parts of 1 ... T - 1 for the sum.
     """
     # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0)
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
     #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
-    #   L_0 = -log p(x_0|y_1), the mass of a Gaussian of variance beta~_2 in the bin of each pixel
-    # It holds for z ~ N(0, I) and the ancestral chain (NOTES 2.7). All but the network is float64.
+    #   L_0 = -log p(x_0|y_1), the mass that a Gaussian has in the bin of each pixel; its variance
+    #         is that of the posterior at t = 2, since that at t = 1 is 0
+    # It holds for z ~ N(0, I) and the ancestral chain (NOTES 2.7). All but the networks and the
+    # code's KL is float64.
     alpha_bar = torch.tensor(model.diffusion.schedule, dtype=torch.float64).view(-1, 1, 1, 1)
     x_0 = 2 * x.double() - 1
     terms = {}
@@ -2904,12 +2959,12 @@ def bound(model, x, generator, variance='small', strata=20):
     start = Normal(alpha_bar[-1] ** 0.5 * x_0, (1 - alpha_bar[-1]) ** 0.5)
     terms['L_T'] = sum_of_pixels(torch.distributions.kl_divergence(start, Normal(0.0, 1.0)))
 
-    terms['chain'] = chain_nats(x_0, predicted_x0, alpha_bar, generator, variance, strata)
+    terms['L_t'] = nats_of_L_t(x_0, predicted_x0, alpha_bar, generator, variance, strata)
 
-    # The last step, as the decoder of grey levels.
+    # The last step has to name a grey level for each pixel.
     mean = predicted_x0(torch.zeros(len(x), dtype=torch.long))
-    _, theirs = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])  # beta~_2; the mean is not needed
-    terms['decoder'] = decoder_nats(x_0, mean, theirs**0.5)
+    _, of_posterior = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])  # at t = 2; without the mean
+    terms['L_0'] = nats_of_L_0(x_0, mean, of_posterior**0.5)
     return terms
 
 
@@ -2918,19 +2973,19 @@ EVALUATED = (('ddpm', 'quadratic'), ('ddim', 'quadratic'), ('ddim', 'uniform'))
 
 
 def evaluation_rows(trained, options):
-    """The rows of a model in the table: (name, which images, options that make them)."""
-    T = trained.options.timesteps
+    """The rows of a model in the table: (name, 'draft' or 'refined', the options that make it)."""
+    T = trained.settings.timesteps
     if not options.calls or min(options.calls) < 1 or max(options.calls) > T:
         raise UserError(f'--calls {options.calls}: must be from 1 to {T}')
     if options.guidance and any(calls % 2 for calls in options.calls):
         raise UserError(f'--calls {options.calls}: a guided step takes two')
 
-    form = name_of(trained.options.form)
-    of_the_prior = OF_THE_PRIOR
+    form = name_of(trained.settings.form)
     rows = []
     if trained.model.vae is not None:
+        of_the_prior = OF_THE_PRIOR
         drafts = f'{form} drafts' + described(options, of_the_prior)
-        rows.append((drafts, 'draft', replace(options, steps=1)))
+        rows.append((drafts, 'draft', replace(options, steps=1)))  # the shortest chain will do
     else:
         of_the_prior = ('shared_noise',)  # there are no codes, hence no mixture of them
     for sampler, spacing in EVALUATED:
@@ -2938,8 +2993,8 @@ def evaluation_rows(trained, options):
         more = described(options, (own, 'temperature', 'guidance', *of_the_prior))
         for calls in options.calls:
             steps = calls // 2 if options.guidance else calls
-            row = replace(options, sampler=sampler, spacing=spacing, steps=steps)
-            rows.append((f'{form} {sampler} {spacing}, {calls} calls{more}', 'refined', row))
+            how = replace(options, sampler=sampler, spacing=spacing, steps=steps)
+            rows.append((f'{form} {sampler} {spacing}, {calls} calls{more}', 'refined', how))
     return rows
 
 
@@ -2956,7 +3011,10 @@ def described(options, names, template=', {} {}'):
 def evaluate(options):
     """The command `evaluate`: distances to held-out images, by model, sampler and network calls."""
     runs = [load_trained(options, form) for form in trained_forms(options)]
-    refuse_different_data(runs, options)
+    if any(comparable(run) != comparable(runs[0]) for run in runs):
+        raise UserError(
+            f'--out {options.out}: its models are of different --data or --timesteps; give --form'
+        )
     train_images = runs[0].images(train=True)
     held_out = runs[0].images(train=False)
     num = number_to_compare(options, len(train_images), len(held_out))
@@ -2966,7 +3024,9 @@ def evaluate(options):
         return
 
     # The table, a row when it is measured; its file is named after what was asked for.
-    rows = [(trained, evaluation_rows(trained, options)) for trained in runs]
+    plan = [(trained, evaluation_rows(trained, options)) for trained in runs]
+    if options.gmm is not None and all(trained.model.vae is None for trained in runs):
+        raise UserError('--gmm: --form uncond has no codes')
     table = [['images', 'mean', 'lowest', 'highest', 'levels']]
     asked = [name for name in changed(options) if name not in ('out', 'device', 'data', 'root')]
     path = Path(options.out) / f'evaluate{described(options, asked, template="-{}-{}")}.csv'
@@ -2975,23 +3035,25 @@ def evaluate(options):
 
     # How far training images are: about as near as one can hope to come.
     parts = [train_images.batch(range(i * num, (i + 1) * num)) for i in range(options.seeds)]
-    data = runs[0].options.data
+    data = runs[0].settings.data
     distances = [distance(part, real, data) for part in parts]
     floor = add_row(table, path, 'floor: training images', distances)
 
     means = {}
-    for trained, rows_of_model in rows:
+    for trained, rows in plan:
         mixture = None
-        if options.gmm is not None and (trained.model.vae is not None or len(runs) == 1):
+        if options.gmm is not None and trained.model.vae is not None:
             mixture = mixture_of_codes(trained, options.gmm)
-        for name, which, row in rows_of_model:
+        for name, which, how in rows:
             distances = []
             for seed in range(options.seed, options.seed + options.seeds):
-                images = sample_set(trained.model, replace(row, seed=seed), which, num, mixture)
+                how = replace(how, seed=seed)
+                draw = partial(sample_chunk, trained.model, how, mixture=mixture)
+                images = draw_chunks(draw, num, Progress(after=10))[which]
                 distances.append(distance(images, real, data))
             mean = add_row(table, path, name, distances)
             if which == 'refined':
-                means[trained.options.form, row.sampler, row.spacing, row.steps] = mean
+                means[trained.settings.form, how.sampler, how.spacing, how.steps] = mean
     print_conclusion(means, floor)
     print(path)
 
@@ -3011,23 +3073,28 @@ def number_to_compare(options, n_training, n_held_out):
 
 
 def print_conclusion(means, floor):
-    """Print, for each number of steps, how the best of DiffuseVAE compares to unconditional DDIM.
+    """Print, for each number of steps, how the best of DiffuseVAE compares to the baseline.
 
     means: {(form, sampler, spacing, steps): mean distance}; floor: that of training images.
     """
     for steps in sorted({steps for _, _, _, steps in means}):
-        ours = []
-        theirs = []
+        of_diffusevae = []
+        of_baseline = []
+        of_ddim = []  # the baseline's by that sampler: the paper's comparison
         for (form, sampler, _, n), mean in means.items():
+            above = max(0, mean - floor)
             if n == steps and form != 'uncond':
-                ours.append(mean - floor)
-            elif n == steps and sampler == 'ddim':
-                theirs.append(mean - floor)
-        if ours and theirs and min(theirs) > 0:
-            ratio = max(0, min(ours)) / min(theirs)
+                of_diffusevae.append(above)
+            elif n == steps:
+                of_baseline.append(above)
+                if sampler == 'ddim':
+                    of_ddim.append(above)
+        if of_diffusevae and of_baseline and min(of_baseline) > 0:
+            best = min(of_diffusevae)
             print(
-                f"With {steps} steps DiffuseVAE's best distance above the floor is {ratio:.2f} "
-                "times that of the baseline's best DDIM."
+                f"With {steps} calls DiffuseVAE's best is {best / min(of_ddim):.2f} times as far "
+                "above the floor as the baseline's best DDIM, and "
+                f'{best / min(of_baseline):.2f} times as far as its best of all samplers.'
             )
 
 
@@ -3048,32 +3115,23 @@ def add_row(table, path, name, distances):
     return by_seed.mean().item()
 
 
-def sample_set(model, options, which, num, mixture):
-    """num images, drafts or refined ones, from as many chunks as it takes: [num, C, H, W]."""
-    images = []
-    for chunk, first in enumerate(range(0, num, CHUNK)):
-        n = min(CHUNK, num - first)
-        images.append(sample_chunk(model, options, chunk, n, mixture)[which])
-    return torch.cat(images)
-
-
 def evaluate_bits(runs, real, options):
     """Print the bound of each model for held-out images, and its terms, in bits per dimension."""
     for trained in runs:
         # Padding is no part of an image. The bound is for image and padding, which together are
         # less likely than the image alone: so it holds for the image.
-        dimensions = without_padding(real[:1], trained.options.data).numel()
+        dimensions = without_padding(real[:1], trained.settings.data).numel()
         for variance in VARIANCES:
             generator = make_generator(options.seed, 'bits')
             parts = [bound(trained.model, x, generator, variance) for x in real.split(CHUNK)]
             bits = {}
-            for name in parts[0]:
-                nats = torch.cat([part[name] for part in parts])
-                bits[name] = nats / math.log(2) / dimensions
+            for term in parts[0]:
+                nats = torch.cat([part[term] for part in parts])
+                bits[term] = nats / math.log(2) / dimensions
             total = sum(bits.values())
-            error = total.std() / len(total) ** 0.5
-            terms = '  '.join(f'{name} {term.mean():.4f}' for name, term in bits.items())
-            name = f'{name_of(trained.options.form):7} {variance:5}'
+            error = total.std() / len(total) ** 0.5  # the standard error over images
+            terms = '  '.join(f'{term} {values.mean():.4f}' for term, values in bits.items())
+            name = f'{name_of(trained.settings.form):7} {variance:5}'
             print(
                 f'{name}: at most {total.mean():.3f} +- {error:.3f} bits/dim: {terms}', flush=True
             )
@@ -3136,10 +3194,10 @@ def add_options(parser, command, options_class):
         if setting.type is bool:
             parser.add_argument(*names, action=argparse.BooleanOptionalAction, **how)
         else:
-            parse = whole_numbers if setting.type is tuple else setting.type
+            convert = whole_numbers if setting.type is tuple else setting.type
             required = setting.name == 'stage'
             choices = facts['choices']
-            parser.add_argument(*names, type=parse, choices=choices, required=required, **how)
+            parser.add_argument(*names, type=convert, choices=choices, required=required, **how)
 
 
 class Parser(argparse.ArgumentParser):
@@ -3175,7 +3233,10 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run one command. Returns the exit code: 2 after an error that the user can fix, in a line."""
+    """Run one command. Returns the exit code: 0, or 2 after an error that the user can fix.
+
+    1 means that a training diverged, 130 that it was interrupted.
+    """
     try:
         run, options = parse(argv)
         return run(options) or 0
