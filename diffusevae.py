@@ -3049,7 +3049,7 @@ def evaluate(options):
             for seed in range(options.seed, options.seed + options.seeds):
                 how = replace(how, seed=seed)
                 draw = partial(sample_chunk, trained.model, how, mixture=mixture)
-                images = draw_chunks(draw, num, Progress(after=10))[which]
+                images = draw_chunks(draw, num, Progress(after=60))[which]
                 distances.append(distance(images, real, data))
             mean = add_row(table, path, name, distances)
             if which == 'refined':

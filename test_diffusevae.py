@@ -3654,6 +3654,22 @@ def test_evaluate_measures_every_model(trained, capsys):
         assert run(*command, '--form', 'uncond', *bad) == 2 and bad[0] in capsys.readouterr().err
 
 
+def test_the_conclusion_by_hand(capsys):
+    """Above a floor of 20: 6 to 24 is a quarter of the baseline's best DDIM, 6 to 8 of its best."""
+    means = {
+        ('1', 'ddpm', 'quadratic', 10): 30.0,
+        ('2', 'ddim', 'uniform', 10): 26.0,
+        ('uncond', 'ddpm', 'quadratic', 10): 28.0,
+        ('uncond', 'ddim', 'quadratic', 10): 44.0,
+        ('uncond', 'ddim', 'uniform', 10): 70.0,
+        ('1', 'ddpm', 'quadratic', 25): 22.0,  # no baseline with as many calls
+    }
+    dv.print_conclusion(means, 20.0)
+    text = capsys.readouterr().out
+    assert text.startswith('With 10 calls') and text.count('\n') == 1
+    assert re.findall(r'[\d.]+ times', text) == ['0.25 times', '0.75 times']
+
+
 def test_a_guided_step_counts_as_two_calls(trained):
     """With guidance the rows have half as many steps as calls; an odd number is refused."""
     model = dv.load_trained(dv.SamplingOptions(out=trained, form='1'))
