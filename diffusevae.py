@@ -127,7 +127,7 @@ def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     """The loss of stage 1 and its two parts, each a mean over the batch.
 
     x, or y where it is not x, and x_hat: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim]; alpha > 0
-    weighs the KL. Returns (loss, squared error, KL): three numbers, the KL in nats.
+    weighs the KL. Returns (loss, squared error, KL): tensors of shape [], the KL in nats.
     """
     # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) )
     #
@@ -325,7 +325,10 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
 
 
 def q_sample(x_0, alpha_bar, eps):
-    """Draw y_t ~ q(y_t|x_0): jump from x_0 [B, C, H, W] straight to time t, with eps ~ N(0, I)."""
+    """Draw y_t ~ q(y_t|x_0): jump from x_0 [B, C, H, W] straight to time t, with eps ~ N(0, I).
+
+    alpha_bar: a float, or one for each image, [B, 1, 1, 1].
+    """
     # y_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
     #
     # A single step is y <- sqrt(1 - beta) y + sqrt(beta) noise. Many of them shrink x_0 by the
@@ -334,7 +337,10 @@ def q_sample(x_0, alpha_bar, eps):
 
 
 def predict_x0(y_t, alpha_bar, eps):
-    """The clean image that is left of y_t without its noise eps: `q_sample` solved for x_0."""
+    """The clean image that is left of y_t without its noise eps: `q_sample` solved for x_0.
+
+    y_t, eps: [B, C, H, W]; alpha_bar: as for `q_sample`.
+    """
     # x_0 = (y_t - sqrt(1 - alpha_bar) eps) / sqrt(alpha_bar)
     #
     # Errors of eps are multiplied by sqrt(1 - alpha_bar) / sqrt(alpha_bar): by 157 at t = T = 1000.
@@ -343,7 +349,10 @@ def predict_x0(y_t, alpha_bar, eps):
 
 
 def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
-    """Mean and variance of q(y_next|y_t, x_0): the step back, if the clean image were known."""
+    """Mean and variance of q(y_next|y_t, x_0): the step back, if the clean image were known.
+
+    x_0, y_t: [B, C, H, W]; alpha_bar, alpha_bar_next: as for `q_sample`; alpha_bar_next may be 1.
+    """
     # mean     = sqrt(alpha_bar_next) beta / (1 - alpha_bar) x_0
     #          + sqrt(1 - beta) (1 - alpha_bar_next) / (1 - alpha_bar) y_t
     # variance = beta (1 - alpha_bar_next) / (1 - alpha_bar),  beta = 1 - alpha_bar / alpha_bar_next
@@ -361,7 +370,8 @@ def q_posterior(x_0, y_t, alpha_bar, alpha_bar_next):
 def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, variance='small'):
     """The ancestral step of DDPM: a draw from the posterior, as if the estimate x_0 were true.
 
-    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); variance: 'small' or 'large'. Returns y_next.
+    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); alpha_bar, alpha_bar_next: floats; variance:
+    'small' or 'large'. Returns y_next.
     """
     # y_next = mean of q(y_next|y_t, x_0) + standard deviation * noise; no noise in the last step
     #
@@ -380,7 +390,8 @@ def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, variance='small'):
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     """The step of DDIM: deterministic for eta = 0, the ancestral step ("small") for eta = 1.
 
-    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I). Returns y_next.
+    y_t, x_0, noise: [B, C, H, W], noise ~ N(0, I); alpha_bar, alpha_bar_next: floats. Returns
+    y_next.
     """
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise,
     # sigma  = eta * standard deviation of the posterior
@@ -466,7 +477,7 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """The loss of stage 2: the mean over batch, channels and pixels of (eps - eps_theta)^2.
 
     eps_theta: a function of y_t [B, C, H, W] and t [B]; x_0, eps: [B, C, H, W]; alpha_bar: the
-    schedule [T]; t: [B], a time for each image. Returns a number.
+    schedule [T]; t: [B], a time for each image. Returns a tensor of shape [].
     """
     # y_t ~ q(y_t|x_0),  loss = mean of (eps - eps_theta(y_t, t))^2
     #
@@ -552,7 +563,10 @@ class Diffusion(nn.Module):
 
 
 def time_embedding(t, width):
-    """Times as points on circles, float32: t [B] -> [B, width], cosines first, then sines."""
+    """Times as points on circles, float32: t [B] -> [B, width], cosines first, then sines.
+
+    The answer is on the device of t.
+    """
     # cos(w_i t) and sin(w_i t),  w_i = exp(-ln(10^4) i / (width / 2)),  i = 0 ... width / 2 - 1
     #
     # A single number t would be a poor input: the network must tell neighbouring times apart as
@@ -2473,6 +2487,23 @@ def digest_of(model):
     return digest.hexdigest()[:16]
 
 
+def refuse_other_pictures(note, text, names, num, alone):
+    """Raise a UserError if a folder has pictures that `write_folder` would not write.
+
+    note: the file in it that says what it holds; text: what it should say; names, num: see there;
+    alone: whether no other process may have begun to write.
+    """
+    folder = note.parent
+    if note.exists() and note.read_text() != text:
+        raise UserError(f'--png {folder}: is of other settings; {note} says which')
+    for name in names:
+        there = len(list((folder / name).glob('*.png')))
+        if alone and there and not note.exists():
+            raise UserError(f'--png {folder}: has pictures in {name} already; name another folder')
+        if there > num:
+            raise UserError(f'--png {folder}: has {there} pictures in {name}, --num is {num}')
+
+
 def write_folder(options, trained, num, names, draw):
     """Write num images of each name, as <folder>/<name>/000000.png and so on.
 
@@ -2494,14 +2525,7 @@ def write_folder(options, trained, num, names, draw):
         content['weights'] = digest_of(trained.model)
     text = json.dumps(content, indent=1)
     note = folder / 'settings.json'
-    if note.exists() and note.read_text() != text:
-        raise UserError(f'--png {folder}: is of other settings; {note} says which')
-    for name in names:
-        there = len(list((folder / name).glob('*.png')))
-        if there and not note.exists():
-            raise UserError(f'--png {folder}: has pictures in {name} already; name another folder')
-        if there > num:
-            raise UserError(f'--png {folder}: has {there} pictures in {name}, --num is {num}')
+    refuse_other_pictures(note, text, names, num, alone=machine.world == 1)
     if machine.rank == 0:
         write_atomically(note, lambda file: file.write(text.encode()))
 
