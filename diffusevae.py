@@ -2687,7 +2687,7 @@ def interpolate(options):
         return torch.cat([slerp(a, b, w) for w in weights])
 
     z = mu[:1].expand(len(weights), -1)
-    rows['other noise'] = paint(model, options, z, between)['refined']
+    rows['new noise'] = paint(model, options, z, between)['refined']
     trained.write_picture('interpolate', rows.items(), [f'{w:.2f}' for w in weights])
 
 
