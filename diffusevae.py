@@ -2948,9 +2948,8 @@ def nats_of_L_t(x_0, predicted_x0, alpha_bar, generator, variance, strata):
 def bound(model, x, generator, variance='small', strata=20):
     """An estimate of an upper bound of -log p(x), x [B, C, H, W] in [0, 1]: its terms in nats.
 
-    The estimate is unbiased: from one z, and one t for each part of the sum. Returns {name: [B]}.
-
-    strata: one random t is drawn from each of so many parts of 1 ... T - 1 for the sum.
+    It is unbiased: from one z, and one random t from each of `strata` equal parts of 1 ... T - 1.
+    Returns {name: [B]}.
     """
     # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0)
     #   L_T = KL( q(y_T|x_0) || N(0, I) )

@@ -3939,7 +3939,7 @@ def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, 
     assert torch.allclose(drift, draft[-1:].expand(4, -1, -1, -1), atol=1e-5)
     assert len(draft) == 5 and (draft[:-1] == 1).all()
 
-    # Reverse: from right to left each y is DDIM's step towards the estimate above it; the same
+    # Reverse: from right to left each y is DDIM's step towards the estimate below it; the same
     # noise for both models; time 0 is the refined image.
     for y, estimate in (reverse[:2], reverse[2:]):
         eps = (y - signal * estimate)[1:] / noise[1:]
