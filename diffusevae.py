@@ -56,7 +56,7 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 class UserError(Exception):
     """An error that the user can fix, in an argument, a file or a folder: `main` prints one line.
 
-    An error of any other kind is a bug and keeps its traceback, unless the disk or memory is full.
+    An error of another kind is a bug, and keeps its traceback.
     """
 
 
@@ -75,7 +75,8 @@ class UserError(Exception):
 #   x_hat         the VAE's draft of y. The VAE makes it in [0, 1]; the diffusion model is shown it
 #                 in [-1, 1]. Where both meet, in section 4, the one in [0, 1] is called `draft`
 #   alpha         the weight of the KL in the VAE's loss; it has nothing to do with alpha_bar
-#   t, T          time, 1 ... T in formulas and 0 ... T - 1 in code; at T y_t is only noise
+#   t, T          time, 1 ... T in formulas and 0 ... T - 1 in code; at T hardly anything but noise
+#                 is left
 #   x_t, y_t      the image noised to time t, and the same without the draft that Formulation 2 adds
 #                 to it (section 2); y_t has nothing to do with y
 #   beta_t        variance of the noise that is added from time t - 1 to time t
@@ -92,10 +93,11 @@ class UserError(Exception):
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# Two remarks beside the paper. It writes q(z|y, x_0); but y is a function of x_0. And its second
-# line is conditioned on y and z: the diffusion model is built to see them only through the draft
-# x_hat(z) (and z, if asked to). Where y is the image itself, it would give the answer away. The
-# bound counts y as data; NOTES 2.7 has one for x_0 alone.
+# Three remarks beside the paper. It writes q(z|y, x_0); but y is a function of x_0. Its second line
+# is conditioned on y and z; but a diffusion model that is shown y, where y is the image itself, is
+# shown the answer. Ours sees only the draft x_hat(z) (and z, if asked to). Last, the left side is
+# the density of x_0 and y together: where y is the image, the image counts twice, once as drafted
+# and once as refined. NOTES 2.7 has a bound on log p(x_0) alone.
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -126,8 +128,9 @@ def kl_divergence(mu, logvar):
 def negative_elbo(x, x_hat, mu, logvar, alpha=1.0):
     """The loss of stage 1 and its two parts, each a mean over the batch.
 
-    x, or y where it is not x, and x_hat: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim]; alpha > 0
-    weighs the KL. Returns (loss, squared error, KL): tensors of shape [], the KL in nats.
+    x: what is to be drafted, that is y, and x_hat, its draft: [B, C, H, W] in [0, 1]; mu, logvar:
+    [B, z_dim]; alpha > 0 weighs the KL. Returns (loss, squared error, KL): tensors of shape [], the
+    KL in nats.
     """
     # loss = ||x - x_hat||^2 + alpha KL( q(z|x) || p(z) )
     #
@@ -173,9 +176,10 @@ class VAEBlock(nn.Module):
 def backbone(blocks, widths):
     """Residual blocks, changing resolution in between: most layers of the encoder or the decoder.
 
-    blocks: how many at each resolution, in the order of the layers: {1: 1, 4: 2, ..., 32: 15} goes
-    up; {32: 7, 16: 4, ..., 1: 3} goes down, where one more block than it says stands before each
-    pooling. widths: channels, e.g. {32: 64, ..., 1: 512}. Source: the authors' code.
+    blocks: how many at each resolution, in the order of the layers. {1: 1, 4: 2, ..., 32: 15} goes
+    up. {32: 7, 16: 4, ..., 1: 3} goes down, and there each pooling has a block of its own before
+    it, which is not counted: 8 blocks at 32, 5 at 16, ..., 3 at 1.
+    widths: channels, e.g. {32: 64, ..., 1: 512}. Source: the authors' code.
     """
     layers = []
     for resolution, following in pairwise(blocks):  # each resolution, and the one after it
@@ -192,7 +196,7 @@ def backbone(blocks, widths):
         else:
             layers.append(nn.Upsample(scale_factor=following // resolution))
 
-        # As many channels as the next resolution has.
+        # As many channels as the next resolution has (the authors do this even if it has as many).
         layers.append(nn.Conv2d(widths[resolution], widths[following], 1, bias=False))
 
     last = list(blocks)[-1]
@@ -246,7 +250,9 @@ class VAE(nn.Module):
         self.alpha = alpha
         self.signal = SIGNALS[signal]
 
-        # What the encoder subtracts from y: 0, as in the paper, until training sets it (section 7).
+        # The encoder sees y minus the mean colour of the training set, and the last bias starts at
+        # that colour's logit. Both are set when training begins (section 7), and are additions to
+        # the paper: where most pixels are black, or white, the VAE else died (NOTES 4).
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -259,7 +265,8 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x): x [B, C, H, W] in [0, 1] -> mu and logvar, each [B, z_dim].
 
-        It looks only at y: so a picture of which only the grey version is known has a code, too.
+        It looks only at y. So a picture of which only the grey version is known has a code, too:
+        the y of a y is itself, for all SIGNALS.
         """
         y = self.signal(x) - self.mean_colour
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -292,20 +299,21 @@ class VAE(nn.Module):
 #
 # The forward process adds a little noise in each of T steps. In Formulation 1 it ignores the draft:
 #
-#     q(x_t|x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t I)
+#     q(x_t|x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)
 #     hence q(x_t|x_0) = N(sqrt(alpha_bar_t) x_0, (1 - alpha_bar_t) I)
 #
 # In Formulation 2 it carries the draft along, so that at T the draft plus noise is left:
 #
 #     q(x_1|x_0, x_hat)   = N(sqrt(1 - beta_1) x_0 + x_hat, beta_1 I)
-#     q(x_t|x_t-1, x_hat) = N(sqrt(1 - beta_t) x_t-1 + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
+#     q(x_t|x_{t-1}, x_hat) = N(sqrt(1 - beta_t) x_{t-1} + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
 #     hence q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
 #
 # Now subtract the draft: let y_t := x_t - x_hat for t >= 1. But y_0 := x_0, not x_0 - x_hat, which
 # is why the first step above has a rule of its own. Then y_t follows Formulation 1's process
-# exactly, so functions of y_t serve both (NOTES 2.6). A chain in y ends in the image itself, and
-# nothing has to be added back. For Formulation 1 and for the baseline without drafts let y_t :=
-# x_t. The formulations differ in one line of section 4.
+# exactly, so functions of y_t serve both (NOTES 2.6). A chain in y ends in y_0 = x_0, the image: no
+# draft is to be added, as in a residual model, nor subtracted after the last step, as in the
+# authors' code, whose chain is in x. For Formulation 1 and for the baseline without drafts let
+# y_t := x_t. The formulations differ in one line of section 4.
 #
 # The reverse chain asks the network for the noise in y_t, removes all of it, which leaves an
 # estimate of the clean image, and goes some way towards this estimate. The steps below call the
@@ -319,8 +327,11 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """alpha_bar_t, the share of the image's power that is left at each time: [T], float64."""
     # alpha_bar_t = prod_{s <= t} (1 - beta_s), with beta linear in t
     #
+    # The range of beta is made for T = 1000, where 4e-5 of the power is left. It does not adapt to
+    # T: with T = 100 a third would be left at the end, which N(0, I) does not fit.
+    #
     # In float32 the smallest 1 - alpha_bar = 1e-4 would have only three digits. That is enough to
-    # train with, but the samplers divide by it.
+    # train with. The samplers combine several such differences, where float64 costs nothing.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -331,8 +342,10 @@ def q_sample(x_0, alpha_bar, eps):
     """
     # y_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
     #
-    # A single step is y <- sqrt(1 - beta) y + sqrt(beta) noise. Many of them shrink x_0 by the
-    # product of the square roots, and a sum of Gaussians is Gaussian again (NOTES 2.3).
+    # A single step is y_t = sqrt(1 - beta_t) y_{t-1} + sqrt(beta_t) noise. Many of them shrink x_0
+    # by the product of the square roots, and a sum of Gaussians is Gaussian again. If its variance
+    # was 1 - alpha_bar_{t-1} before a step, it is (1 - beta_t)(1 - alpha_bar_{t-1}) + beta_t, which
+    # is 1 - alpha_bar_t, after it (NOTES 2.3).
     return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
 
@@ -379,12 +392,12 @@ def ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, variance='small'):
     # q(y_next|y_t), has them for two extreme sets of data. If there is a single image, it is
     # known, and the reverse step is the posterior. If images are white noise, x_0 ~ N(0, I), then
     # all y_t ~ N(0, I), and a step back is as uncertain as a step forward: its variance is beta.
-    mean, squared_deviation = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
-    if variance == 'large':
-        squared_deviation = 1 - alpha_bar / alpha_bar_next
+    mean, small = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
+    large = 1 - alpha_bar / alpha_bar_next
     if alpha_bar_next == 1:
         return mean
-    return mean + squared_deviation**0.5 * noise
+    chosen = large if variance == 'large' else small
+    return mean + chosen**0.5 * noise
 
 
 def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
@@ -396,12 +409,14 @@ def ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, noise, eta=0.0):
     # y_next = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next - sigma^2) eps + sigma noise,
     # sigma  = eta * standard deviation of the posterior
     #
-    # If x_0 is right, y_next has the distribution q(y_next|x_0) for every sigma, because the
-    # variances of the last two terms add up to 1 - alpha_bar_next (NOTES 2.5). One network serves
-    # all of these chains: its loss (`ddpm_loss`) draws y_t at one time only, never at two times of
-    # one chain, so it does not depend on how they are coupled. eps is computed from y_t and x_0:
-    # where x_0 was clipped, the network's own eps and x_0 no longer make y_t, and eta = 1 would not
-    # be the ancestral step.
+    # If x_0 is right and y_t ~ q(y_t|x_0), then eps ~ N(0, I), and y_next ~ q(y_next|x_0) for every
+    # sigma for which the root exists, because the variances of the last two terms add up to
+    # 1 - alpha_bar_next (NOTES 2.5). One network serves all of these chains: its loss (`ddpm_loss`)
+    # draws y_t at one time only, never at two times of one chain, so it does not depend on how they
+    # are coupled.
+    #
+    # eps is computed from y_t and x_0: where x_0 was clipped, the network's own eps and x_0 no
+    # longer make y_t, and eta = 1 would not be the ancestral step.
     eps = (y_t - alpha_bar**0.5 * x_0) / (1 - alpha_bar) ** 0.5
     _, variance = q_posterior(x_0, y_t, alpha_bar, alpha_bar_next)
     sigma = eta * variance**0.5
@@ -426,8 +441,12 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     # e^lambda) x_0. With infinitely many steps that is an ODE, du = e^lambda x_0(lambda) dlambda,
     # and a step needs the integral of its right side (NOTES 2.5). DDIM takes x_0(lambda) to be
     # constant: D = x_0. Here it is taken to be the line through the last two estimates, and the
-    # line is replaced by its value D in the middle of the step: the error is of third order in h.
-    if alpha_bar_next == 1:  # lambda_next is infinite, and the limit of y_next is x_0
+    # line is replaced by its value D in the middle of the step. The error is of third order in h in
+    # a step, hence of second order in a chain: this is the 2 of "2M"; M stands for multistep.
+    #
+    # In the last step h is infinite, and no line can be drawn that far: D = x_0, of which y_next is
+    # the limit. The first step has no estimate before it, and takes D = x_0, too.
+    if alpha_bar_next == 1:
         return x_0
     h = half_log_snr(alpha_bar_next) - half_log_snr(alpha_bar)
     D = x_0
@@ -463,9 +482,9 @@ def time_grid(T, steps, spacing='uniform'):
         return [math.floor(i * T / steps + 0.5) - 1 for i in range(steps, 0, -1)]
 
     # Quadratic, the paper's choice for few steps: t_i = (i / (steps - 1))^2 0.8 T. It is dense near
-    # 0, where fine detail is decided. (It starts at 0.8 T although y_t is not quite noise there:
-    # sqrt(alpha_bar) is 0.04.) Where rounding would merge two times, the next free one is taken,
-    # and at most T - steps + i, which leaves room for the remaining ones.
+    # 0, where fine detail is decided. (So the chain starts at 0.8 T, although y_t is not quite
+    # noise there: sqrt(alpha_bar) is 0.04.) Where rounding would merge two times, the next free one
+    # is taken, and at most T - steps + i, which leaves room for the remaining ones.
     times = [0]
     for i in range(1, steps):
         wanted = round((i / (steps - 1)) ** 2 * 0.8 * T)
@@ -481,14 +500,20 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """
     # y_t ~ q(y_t|x_0),  loss = mean of (eps - eps_theta(y_t, t))^2
     #
-    # Both chains in the second line of the bound (section 1) are products over t. The model's is
-    # p(y_T) prod_t p(y_t-1|y_t, x_hat), each factor the Gaussian of `ddpm_step`. The forward one is
-    # prod_t q(y_t|y_t-1), and by Bayes' rule q(y_t|y_t-1) = q(y_t-1|y_t, x_0) q(y_t|x_0) /
-    # q(y_t-1|x_0), where the fractions cancel in the product. So the line is a sum: for each t > 1
-    # there is -KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t, x_hat) ), beside a term for t = 1 and one for
-    # y_T (NOTES 2.7). If both Gaussians have the same variance, the KL is a squared error of eps
-    # times a weight, by far the largest at small t. DDPM sets all weights to 1: the bound gets
-    # worse and the images get better, as less is spent on noise that nobody sees.
+    # Both chains in the second line of the bound (section 1) are products over t, in y as in x: a
+    # shift by x_hat changes no ratio of densities. The model's chain is p(y_T) prod_t
+    # p(y_{t-1}|y_t, x_hat); for t > 1 the factor is the Gaussian of `ddpm_step`. The forward chain
+    # is prod_t q(y_t|y_{t-1}). For t > 1, by Bayes' rule,
+    #
+    #     q(y_t|y_{t-1}) = q(y_{t-1}|y_t, x_0) q(y_t|x_0) / q(y_{t-1}|x_0),
+    #
+    # and of the fractions the product leaves q(y_T|x_0) / q(y_1|x_0). So the line is a sum: for
+    # each t > 1 there is -KL( q(y_{t-1}|y_t, x_0) || p(y_{t-1}|y_t, x_hat) ), beside a term for
+    # t = 1 and one for y_T (NOTES 2.7).
+    #
+    # If both Gaussians have the same variance, the KL is a squared error of eps times a weight, by
+    # far the largest at small t. DDPM sets all weights to 1. The bound gets worse and the images
+    # get better: less of the network is spent on small t, where the noise is too faint to be seen.
     y_t = q_sample(x_0, rearrange(alpha_bar[t], 'b -> b 1 1 1'), eps)
     return F.mse_loss(eps_theta(y_t, t), eps)
 
@@ -530,36 +555,37 @@ class Diffusion(nn.Module):
         alpha_bars = [self.schedule[t] for t in times]
         alpha_bars.append(1.0)  # after the last step no noise is left
 
-        y = y_T
+        y_t = y_T
         previous = None  # (x_0, alpha_bar) of the step before, for the multistep solver
         for t, alpha_bar, alpha_bar_next in zip(times, alpha_bars, alpha_bars[1:]):
-            # Ask the network which noise is in y ...
-            eps = eps_theta(y, torch.full((len(y),), t, device=y.device))
+            # Ask the network which noise is in y_t ...
+            eps = eps_theta(y_t, torch.full((len(y_t),), t, device=y_t.device))
 
             # ... and remove it all: that leaves the estimate of the clean image. Pixels lie in
             # [-1, 1]; where t is large and errors of eps are multiplied by up to 157, the clip
             # keeps the chain on course.
-            x_0 = predict_x0(y, alpha_bar, eps).clamp(-1, 1)
+            x_0 = predict_x0(y_t, alpha_bar, eps).clamp(-1, 1)
             if watch is not None:
-                watch(y, x_0)
+                watch(y_t, x_0)
 
             # Take one step towards it, to the next smaller time of the grid.
             if sampler == 'ddpm':
-                y = ddpm_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), variance)
+                y_t = ddpm_step(y_t, x_0, alpha_bar, alpha_bar_next, draw_noise(), variance)
             elif sampler == 'ddim':
-                y = ddim_step(y, x_0, alpha_bar, alpha_bar_next, draw_noise(), eta)
+                y_t = ddim_step(y_t, x_0, alpha_bar, alpha_bar_next, draw_noise(), eta)
             elif sampler == 'dpm++':
-                y = dpmpp_step(y, x_0, alpha_bar, alpha_bar_next, previous)
+                y_t = dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous)
             previous = (x_0, alpha_bar)
-        return y
+        return y_t
 
 
 # ==== 3. THE CONDITIONAL U-NET, eps_theta =========================================================
 #
-# It sees the noisy image and the draft, stacked as channels, and returns the noise. On the way down
-# residual blocks alternate with halvings of the resolution, so that the middle sees the whole image
-# at once; on the way up the resolution doubles again. As halving loses the exact places of things,
-# every feature map of the way down is stored and handed to its partner on the way up.
+# It is given the noisy image and the draft, stacked as channels, and the time, and returns the
+# noise. On the way down residual blocks alternate with halvings of the resolution: at fewer pixels
+# a convolution of 3x3 reaches further, and attention, by which in the middle every pixel sees all
+# others, is cheap. On the way up the resolution doubles again. As halving loses the exact places of
+# things, every feature map of the way down is stored and handed to its partner on the way up.
 
 
 def time_embedding(t, width):
@@ -611,8 +637,9 @@ class ResBlock(nn.Module):
         branch = self.conv1(F.silu(self.norm1(h)))
 
         # Tell every pixel the time, and z, if the network was built for it: one number a channel,
-        # added before the norm, or two, a scale and a shift after it. All pixels are told the same,
-        # because time and z are the same for all of them.
+        # added before the norm, or two, a scale and a shift after it. (The norm subtracts what the
+        # channels of a group have in common; their differences arrive.) All pixels are told the
+        # same, because time and z are the same for all of them.
         embedding = rearrange(self.project(F.silu(embedding)), 'b c -> b c 1 1')
         if self.scale_shift:
             scale, shift = embedding.chunk(2, dim=1)
@@ -713,7 +740,7 @@ def groups_of(channels):
 
 
 class UNet(nn.Module):
-    """eps_theta: its input [B, in_channels, size, size], t [B] and z [B, z_dim] -> the noise.
+    """eps_theta: what it is shown, [B, in_channels, size, size], t [B], z [B, z_dim] -> the noise.
 
     channels: the width of the stem; multipliers: each level's width as a multiple of it, e.g.
     (1, 2, 2, 2); blocks: how many a level has on the way down; attention: the resolutions, in
@@ -758,8 +785,8 @@ class UNet(nn.Module):
         self.up = nn.ModuleList()
         stored = self.add_way_down(new_block, blocks, attention)
 
-        # The middle, at the lowest resolution, always attends: there it is cheap, and each pixel
-        # stands for a large part of the image.
+        # The middle, at the lowest resolution, always attends: there are the fewest pixels, so to
+        # compare each with all others is cheapest.
         lowest = self.widths[-1]
         self.middle = nn.ModuleList(
             [new_block(lowest, lowest, True), new_block(lowest, lowest, False)]
@@ -773,6 +800,7 @@ class UNet(nn.Module):
 
     def check(self, size, attention, heads):
         """Say in words which numbers do not fit."""
+        # Even, for as many cosines as sines; a multiple of 32 where GroupNorm has 32 groups.
         if self.channels % 2 or (self.channels >= 128 and self.channels % 32):
             raise UserError(
                 f'channels={self.channels}: must be even; from 128 on 32 must divide it'
@@ -815,26 +843,26 @@ class UNet(nn.Module):
             if level > 0:
                 self.up.append(Upsample(width))
 
-    def forward(self, x, t, z=None):
-        # Autocast computes the products in bfloat16: fast where the device has units for it, and
-        # exact enough for features.
+    def forward(self, shown, t, z=None):
+        # Autocast computes the products in bfloat16: fast where the device has units for it.
         if self.bfloat16:
-            with torch.autocast(x.device.type, torch.bfloat16):
-                h = self.trunk(x, t, z)
+            with torch.autocast(shown.device.type, torch.bfloat16):
+                h = self.trunk(shown, t, z)
         else:
-            h = self.trunk(x, t, z)
+            h = self.trunk(shown, t, z)
 
-        # The last layers in float32: `predict_x0` multiplies bfloat16's error of 0.4% by 157.
+        # The last layers in float32: `predict_x0` multiplies errors of eps by up to 157, and in
+        # bfloat16 they would be 1.4 times as large (NOTES 4).
         return self.head(F.silu(self.head_norm(h.float())))
 
-    def trunk(self, x, t, z):
+    def trunk(self, shown, t, z):
         """The features before the last layers: [B, width of the first level, size, size]."""
         embedding = self.time_mlp(time_embedding(t, self.channels))
         if self.z_mlp is not None:
             embedding = embedding + self.z_mlp(z)
 
         # The way down.
-        h = self.stem(x)
+        h = self.stem(shown)
         skips = [h]
         for layer in self.down:
             h = layer(h, embedding)
@@ -852,6 +880,11 @@ class UNet(nn.Module):
 
 
 # ==== 4. THE TWO-STAGE MODEL: a diffusion model conditioned on the drafts of the frozen VAE =======
+#
+# Here the parts meet. In training, the VAE encodes an image, draws a code and decodes it to a
+# draft; the U-Net learns to find the noise in that image beside its draft. In sampling, the code
+# comes from the prior. As the U-Net has seen drafts of real images only, a code from where no image
+# has its code makes a draft that it was not trained on. The baseline is the same model without VAE.
 
 # Formulation 1, Formulation 2, and the baseline: the same diffusion model without drafts.
 FORMS = ('1', '2', 'uncond')
@@ -904,7 +937,7 @@ class DiffuseVAE(nn.Module):
         return self.diffusion.alpha_bar.device
 
     def train(self, mode=True):
-        """Switch dropout on or off, as in every module; the frozen VAE stays in eval mode."""
+        """Switch dropout on or off, as in every module; a frozen VAE stays as it samples."""
         super().train(mode)
         if self.vae is not None:
             self.vae.eval()
@@ -913,14 +946,18 @@ class DiffuseVAE(nn.Module):
     def eps_theta(self, y_t, t, x_hat, z):
         """The U-Net's estimate of the noise in y_t [B, C, H, W], given x_hat in [-1, 1] and z.
 
-        z [B, z_dim] is ignored, unless the U-Net was built with z_dim.
+        z [B, z_dim] is ignored, unless the U-Net was built with z_dim. Both are None, and ignored,
+        for the baseline.
         """
         if self.form == 'uncond':
             return self.unet(y_t, t)
         return self.unet(network_input(y_t, x_hat, self.form), t, z)
 
     def random_inputs(self, n, generator):
-        """All that a training step on n images draws, by the names of `forward`'s arguments."""
+        """What the loss of n images draws, by the names of `forward`'s arguments.
+
+        (Dropout draws its own masks; section 7 seeds them for each step.)
+        """
         # DDPM draws the times independently. Here the i-th image of the batch gets one from the
         # i-th of n equal parts of [0, T). As images are in random order, each still gets all times
         # equally often. The gain is a less noisy loss. The loss is largest at small times, where
@@ -958,19 +995,22 @@ class DiffuseVAE(nn.Module):
             x_hat = x_hat * rearrange(keep, 'b -> b 1 1 1')
             z = z * rearrange(keep, 'b -> b 1')
 
-        # Noise the image, and predict the noise given the draft.
+        # Noise the image (all of it, also where the VAE models only a part), and predict the noise
+        # given the draft.
         def conditioned(y_t, t):
             return self.eps_theta(y_t, t, x_hat, z)
 
-        return (ddpm_loss(conditioned, 2 * x - 1, self.diffusion.alpha_bar, t, eps),)
+        x_0 = 2 * x - 1
+        return (ddpm_loss(conditioned, x_0, self.diffusion.alpha_bar, t, eps),)
 
     def generate(self, z, y_T, draw_noise, draft=None, guidance=0.0, **chain):
         """Sampling: the draft of a code z, and the draft refined, both [B, C, H, W] in [0, 1].
 
-        z: [B, z_dim], from the prior N(0, I) for new images;
+        z: [B, z_dim], from the prior N(0, I) for new images; beside a given draft only a U-Net that
+        was built with z_dim looks at it;
         y_T: [B, C, H, W], noise ~ N(0, I) (in Formulation 2 as well, where x_T is y_T + x_hat);
         draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's;
-        guidance: the weight w >= 0, for models with cond_drop.
+        guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         The baseline returns None for the draft.
         """
@@ -1807,6 +1847,8 @@ def changed(options):
 
 def check_sampling(command, options):
     """Raise a UserError if the command would ignore an option, alone or beside the others."""
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not options.png:
+        raise UserError('of several processes only train and sample --png share the work')
     given = changed(options)
     if options.real:
         ignored = (*OF_THE_CHAIN, *OF_THE_PRIOR, 'seed')
@@ -2240,7 +2282,10 @@ def train(typed):
     if options.steps <= done:
         progress.show(f'{path} is complete: {done} steps; a larger --steps extends it', end=True)
         return 0
-    path.parent.mkdir(parents=True, exist_ok=True)  # if that fails, then now
+
+    # What cannot be built or written should fail now, not after all pictures have been read.
+    build(options)
+    path.parent.mkdir(parents=True, exist_ok=True)
     how = f'on {machine.device} in {options.precision or "float32"}'
     progress.show(f'{path}: steps {done} to {options.steps} {how}', end=True)
 
@@ -2953,7 +2998,8 @@ def bound(model, x, generator, variance='small', strata=20):
     """
     # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0)
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
-    #   L_t = KL( q(y_t-1|y_t, x_0) || p(y_t-1|y_t) ), two Gaussians, whose means differ in x_0 only
+    #   L_t = KL( q(y_{t-1}|y_t, x_0) || p(y_{t-1}|y_t) ), two Gaussians, whose means differ in x_0
+    #         only
     #   L_0 = -log p(x_0|y_1), the mass that a Gaussian has in the bin of each pixel; its variance
     #         is that of the posterior at t = 2, since that at t = 1 is 0
     # It holds for z ~ N(0, I) and the ancestral chain (NOTES 2.7). All but the networks and the
@@ -3258,7 +3304,8 @@ def parse(argv):
 def main(argv=None):
     """Run one command. Returns the exit code: 0, or 2 after an error that the user can fix.
 
-    1 means that a training diverged, 130 that it was interrupted.
+    A full disk or memory is such an error. 1 means that a training diverged, 130 that it was
+    interrupted.
     """
     try:
         run, options = parse(argv)

@@ -4358,6 +4358,23 @@ def test_bad_input_is_one_line_and_exit_code_2(command, named, tmp_path, capsys,
     assert not list(tmp_path.rglob('*.pt'))
 
 
+@pytest.mark.parametrize('stage, option', [(1, ['--size', '40']), (2, ['--heads', '5'])])
+def test_what_cannot_be_built_is_refused_before_pictures_are_read(
+    stage, option, tmp_path, capsys, monkeypatch
+):
+    """Reading them may take minutes; nothing is written, either."""
+
+    def load_images(options, train):
+        raise AssertionError('pictures were read')
+
+    monkeypatch.setattr(dv, 'load_images', load_images)
+    command = ['train', '--stage', stage, '--data', tmp_path, '--out', tmp_path / 'o', *option]
+    if stage == 2:
+        command += ['--form', 'uncond']
+    assert run(*command) == 2 and option[0].strip('-') in capsys.readouterr().err
+    assert not (tmp_path / 'o').exists()
+
+
 @pytest.mark.parametrize('error', [RuntimeError, ValueError, KeyError, TypeError, AttributeError])
 def test_a_bug_keeps_its_traceback(error, tmp_path, monkeypatch):
     """An error in the method's own code, as a student makes it, is not taken for the user's."""
@@ -4536,6 +4553,8 @@ def test_processes_share_batches_and_chunks(trained, tmp_path, monkeypatch, caps
     assert not (tmp_path / '1/settings.json').exists() and (tmp_path / '0/settings.json').exists()
     assert run('train', '--stage', 1, '--batch', 5, '--out', tmp_path / 'odd') == 2
     assert '--batch 5' in capsys.readouterr().err
+    assert run('evaluate', '--out', trained) == 2
+    assert 'only train and sample --png' in capsys.readouterr().err
 
 
 def test_help_names_every_option(capsys):
