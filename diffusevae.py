@@ -1040,7 +1040,7 @@ class DiffuseVAE(nn.Module):
 # What a training run needs besides the method: images, settings, a loop, and pictures to look at.
 # A reader who came for the method may leave here; one who wants to train should read on.
 
-# ==== 5. DATA =====================================================================================
+# ==== 5. DATA, and what is printed and written ====================================================
 # A set of images gives batches in [0, 1], for the VAE; section 4 maps them to [-1, 1] for the
 # diffusion model. Held-out images never enter training: they are a test split, 5% of a folder, or
 # shapes drawn with another seed. The built-in shapes need no download. A VAE learns their outline,
@@ -1051,19 +1051,12 @@ class DiffuseVAE(nn.Module):
 def seed_of(*key):
     """A seed that depends on all parts of a key, e.g. (0, 'step', 17), and on nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits, as many as torch takes
+    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits: no sign
 
 
 def make_generator(*key):
     """A random generator on the CPU with the `seed_of` a key."""
     return torch.Generator().manual_seed(seed_of(*key))
-
-
-def hsv_to_rgb(hue, saturation, value):
-    """Colours in [0, 1]: hue [N, 1, 1], saturation and value numbers -> [N, 3, 1, 1]."""
-    # Each channel is a trapezoid over the circle of hues; red, green and blue are a third apart.
-    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
-    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 class Progress:
@@ -1092,7 +1085,7 @@ class Progress:
 
 
 def is_helper():
-    """Whether this is another process than the first of those that torchrun started."""
+    """Whether torchrun started this process and it is not the first, which prints for all."""
     return int(os.environ.get('RANK', 0)) > 0
 
 
@@ -1109,6 +1102,13 @@ def warn(text):
 
 
 KINDS = ('wide', 'circle', 'tall')  # of shapes: a wide bar, a circle and a tall bar
+
+
+def hsv_to_rgb(hue, saturation, value):
+    """Colours in [0, 1]: hue [N, 1, 1], saturation and value numbers -> [N, 3, 1, 1]."""
+    # Each channel is a trapezoid over the circle of hues; red, green and blue are a third apart.
+    k = (torch.tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + 6 * hue[:, None]) % 6
+    return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def draw_shapes(n, generator, size=32):
@@ -1152,19 +1152,20 @@ def draw_shapes(n, generator, size=32):
     return (255 * images).round().byte(), factors
 
 
-# The largest value of a channel in files with more than 8 bits: 10, 12, 14 and 16 bits.
+# The white of grey pictures with 8, 10, 12, 14 and 16 bits. 8 are among them, because wider numbers
+# may hold such values, too.
 WHITES = (255, 1023, 4095, 16383, 65535)
 
 
 def read_picture(path, size, crop=True, grey=False):
     """The picture in a file: uint8 [3, size, size], or [1, size, size] if grey.
 
-    That is its central square, or all of it, squeezed, if not `crop`. Raises UserError if Pillow
-    cannot read the file, or if one cannot know which value is white.
+    With `crop` it is the central square, else all of it, squeezed; small pictures are enlarged.
+    Raises UserError if Pillow cannot read the file, or if `to_eight_bits` finds no white for it.
     """
     try:
         picture = Image.open(path)  # of a file with several pictures, the first
-        picture.draft(None, (3 * size, 3 * size))  # large JPEGs are decoded at a reduced size
+        picture.draft(None, (3 * size, 3 * size))  # JPEGs: decode no more than is needed
         picture.load()
         picture = ImageOps.exif_transpose(picture)  # as the photographer held the camera
         if picture.mode == 'F' or picture.mode.startswith('I'):
@@ -1197,8 +1198,9 @@ def to_eight_bits(picture):
         picture = picture.convert('I')  # 32 bits
     values = pil_to_tensor(picture).double()
 
-    # A file does not say how many of its bits are used: the fewest that its values need, in each
-    # file by itself. (`convert` would clip them at 255.)
+    # A file does not say how many of its bits are used. They are taken to be the fewest that its
+    # values need: so a picture of 16 bits without a value above 16383 is read as one of 14, four
+    # times as bright. (Pillow's `convert` would clip all values at 255.)
     enough = [white for white in whites if values.max() <= white]
     if not enough or values.min() < 0:
         found = f'from {values.min():g} to {values.max():g}'
@@ -1291,6 +1293,11 @@ def readable(paths, size, grey):
     return ImageFiles(kept, {}, size, grey=grey)
 
 
+# The loaders of all sets are called alike: with the name or the folder, the folder of downloads,
+# height and width, whether the training or the held-out images are wanted, and whether they have
+# one channel. Each uses what it needs, and returns `Images` or `ImageFiles`.
+
+
 def load_shapes(data, root, size, train, grey):
     """20,000 shapes to train on, 2,000 held out."""
     n = 20_000 if train else 2_000
@@ -1309,7 +1316,7 @@ def load_torchvision(dataset, root, files, **split):
         raise UserError(f'--data: no {root}/{files}; no download: {error}') from error
 
 
-def load_grey(data, root, size, train, grey):
+def load_mnist(data, root, size, train, grey):
     """Digits or clothes: 60,000 to train on, 10,000 held out, 28x28 with a border of 2 pixels."""
     files = 'raw/train-images-idx3-ubyte and the three files beside it'
     if data == 'mnist':
@@ -1405,8 +1412,9 @@ def first_readable(paths, size):
 
 
 def load_folder(data, root, size, train, grey):
-    """All pictures below the folder `data`. Held out are the 5% of names with the lowest hash."""
-    # By a hash of the name, not by chance: so held-out pictures stay held out when files are added.
+    """All pictures below the folder `data`. Held out are those whose name has a hash below 0.05."""
+    # That is about 5%. By a hash, not by chance: so held-out pictures stay held out when files are
+    # added. Sorted by it, the first n pictures are a fair sample, of all subfolders.
     folder = Path(data)
     paths = sorted(pictures_below(folder), key=lambda path: name_hash(path, folder))
     held_out = [path for path in paths if name_hash(path, folder) < 0.05]
@@ -1425,7 +1433,10 @@ def load_folder(data, root, size, train, grey):
 
 
 def is_grey(images):
-    """Whether all images have three equal channels; of a set too large for the memory, 1000."""
+    """Whether all images have three equal channels.
+
+    Of a set too large for the memory only 1000 are looked at: if these are grey, all are read so.
+    """
     n = len(images)
     if isinstance(images, ImageFiles):
         n = min(1000, n)
@@ -1445,15 +1456,15 @@ class DataSet:
     sizes: range = range(32, 33)  # what --size may say
     grey: bool | None = False  # whether images have one channel; None: one must look
     padding: int = 0  # pixels that `load` added on each side, to be cut off in pictures
-    mirror: bool = True  # whether a mirrored image could be of the set: not a digit
+    mirror: bool = True  # whether training may mirror: not digits, nor shoes that all point left
     rooted: bool = True  # whether its files are below --root
 
 
 FOLDER = DataSet(load_folder, sizes=range(1, 4097), grey=None, rooted=False)
 DATA_SETS = {
     'shapes': DataSet(load_shapes, sizes=range(16, 65), rooted=False),
-    'mnist': DataSet(load_grey, grey=True, padding=2, mirror=False),
-    'fashion': DataSet(load_grey, grey=True, padding=2, mirror=False),
+    'mnist': DataSet(load_mnist, grey=True, padding=2, mirror=False),
+    'fashion': DataSet(load_mnist, grey=True, padding=2, mirror=False),
     'cifar10': DataSet(load_cifar10),
     'celeba': DataSet(load_celeba, size=64, sizes=range(16, 4097)),
 }
@@ -1567,11 +1578,14 @@ def write_atomically(path, write):
 # heads and dropout are those of the authors' scripts, where these and their YAML files differ.
 
 
-def option(meaning, default=None, low=None, high=1e15, choices=None, commands=None, free=False):
+NO_LIMIT = 1e15  # the `high` of options that have none; inf is too large
+
+
+def option(meaning, default=None, low=None, high=NO_LIMIT, choices=None, commands=None, free=False):
     """A field of a dataclass of options.
 
-    low, high: its range; choices: the values it may have; commands: those that take it, by default
-    all; free: a training run may change it when it goes on.
+    low, high: its range, if it has a low; choices: the values it may have; commands: those that
+    take it, by default all; free: a training run may change it when it goes on.
     """
     metadata = dict(meaning=meaning, low=low, high=high, choices=choices)
     return field(default=default, metadata=metadata | dict(commands=commands, free=free))
@@ -1586,7 +1600,11 @@ STAGE_2 |= dict(flip=True, clip=1.0, ema=0.9999)
 
 
 def paper(data, size, images, vae, ddpm, multipliers, attention, dropout=0.1, lr=2e-4, flip=False):
-    """A preset of the paper. vae, ddpm: (epochs, batch) of stages 1 and 2; flip: in stage 1."""
+    """A preset of the paper.
+
+    images: size of the training set, which makes epochs steps; vae, ddpm: (epochs, batch) of stages
+    1 and 2; flip: in stage 1.
+    """
     epochs, batch = vae
     stage_1 = dict(flip=flip, lr=1e-4, warmup=1, clip=math.inf, ema=0.0)
     stage_1 |= dict(batch=batch, steps=epochs * images // batch)
@@ -1655,7 +1673,9 @@ PAPER_VAES = {
 class TrainingOptions:
     """All settings of a training run; its checkpoint keeps them.
 
-    None means: as the checkpoint says, else as the preset says. `resolve` fills it in.
+    None means: as the checkpoint says, else as the preset says; `resolve` fills it in. What stays
+    None: settings of the other stage, and `out` and `device` where they were not typed; `grey` and
+    `precision`, until `train` has seen the images and the device.
     """
 
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
@@ -1698,8 +1718,13 @@ INHERITED = ('preset', 'data', 'root', 'grey', 'size', 'z_dim', 'alpha', 'signal
 
 
 def vae_layout(options):
-    """Blocks of encoder and decoder, and channels, by resolution: what `VAE` is built of."""
+    """Blocks of encoder and decoder, and channels, by resolution: what `VAE` is built of.
+
+    Raises UserError for a size that the preset cannot have.
+    """
     if options.preset == 'small':
+        # It does little where there are many pixels: its encoder pools from `size` to 8 at once.
+        # (With --size 16 the keys 16 and `size` are one, and the later entry counts.)
         if options.size % 16:
             below = options.size // 16 * 16
             raise UserError(f'--size {options.size}: no multiple of 16, as {below} or {below + 16}')
@@ -1744,7 +1769,9 @@ def resolve(typed, before, path):
     settings['data'] = full_path(settings['data'])
     settings['root'] = str(Path(settings['root']).resolve())
 
-    # Three settings follow from others where nobody says them.
+    # Some settings follow from others.
+    if not data_set(settings['data']).mirror:
+        settings['flip'] = False
     if settings.get('grey') is None:
         settings['grey'] = data_set(settings['data']).grey
     if 'size' not in settings:
@@ -1777,7 +1804,10 @@ def is_moved(old, new):
 
 
 def refuse(given, names, why):
-    """Raise a UserError if one of the options `names` was given: it would be ignored."""
+    """Raise a UserError if one of the options `names` was given: it would be ignored.
+
+    A switch that is off, such as --no-flip, asks for nothing, and is let through.
+    """
     for name in names:
         if name in given and given[name] is not False:
             raise UserError(f'{flag(name)}: {why}')
@@ -1808,11 +1838,12 @@ class SamplingOptions:
     """All settings of the commands that generate images."""
 
     out: str = option('folder of the run', 'runs/shapes')
-    form: str = option('which model (default: the first there is)', choices=FORMS)
+    form: str = option('which model (default: the first there is; evaluate: all)', choices=FORMS)
     data: str = option('the folder of the training images, if it has moved')
     root: str = option('as for train, if it has moved')
     num: int = option(
-        'images, or columns of a picture (64; evaluate 500, its bound 200; 8, edit 9, chain 2)',
+        'how many images (default: sample 64; evaluate 500, for its bound 200; edit 9; chain 2; '
+        'others 8)',
         low=1,
     )
     steps: int = option('steps, a network call each (two if guided)', 50, low=1, commands=CHAINS)
@@ -1830,7 +1861,9 @@ class SamplingOptions:
     calls: tuple = option('network calls an image', (5, 10, 25), commands=('evaluate',))
     seeds: int = option('seeds, from --seed on', 2, low=2, high=1000, commands=('evaluate',))
     bits: bool = option('the bound on -log2 p(x) instead', False, commands=('evaluate',))
-    attribute: str = option('kind=circle, size>0.5, digit=3, Smiling', commands=('edit',))
+    attribute: str = option(
+        'kind=circle, size>0.5, digit=3, Smiling; a folder has none', commands=('edit',)
+    )
     device: str = option('as for train')
 
 
@@ -1846,7 +1879,10 @@ def changed(options):
 
 
 def check_sampling(command, options):
-    """Raise a UserError if the command would ignore an option, alone or beside the others."""
+    """Raise a UserError if the command would ignore an option, alone or beside the others.
+
+    An option with its default value is not noticed.
+    """
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not options.png:
         raise UserError('of several processes only train and sample --png share the work')
     given = changed(options)
@@ -1888,8 +1924,9 @@ def check_model(options, settings, path):
 
 # ==== 7. TRAINING, one loop for both stages =======================================================
 # A stage is a module: `forward` returns its loss, `random_inputs` draws what a step needs. Whatever
-# is random in step s is a function of (seed, s) alone, so a run that is interrupted and resumed
-# makes the same weights as one that is not (on a CPU with as many threads: bit for bit).
+# is random in step s is a function of (seed, s) alone (and dropout's masks of the process). So a
+# run that is interrupted and resumed makes the same weights as one that is not: on a CPU with as
+# many threads bit for bit.
 
 
 def cpu_has_fast_bfloat16():
@@ -1980,7 +2017,10 @@ def checkpoint_path(out, stage, form):
 
 
 def load_checkpoint(out, stage, form=None):
-    """A checkpoint's path and its content on the CPU, or None if there is no such file."""
+    """(path, content) of a checkpoint; the content is on the CPU, and None if there is no file.
+
+    UserError if the file is damaged, or of another stage, form or version of this program.
+    """
     path = checkpoint_path(out, stage, form)
     if not path.exists():
         return path, None
@@ -1995,7 +2035,9 @@ def load_checkpoint(out, stage, form=None):
     names = {setting.name for setting in fields(TrainingOptions)}
     options = saved.get('options') if isinstance(saved, dict) else None
     if not isinstance(options, dict) or set(saved) != parts or set(options) != names:
-        raise UserError(f'{path}: of another version of this program; move it away, or use that')
+        raise UserError(
+            f'{path}: of another version of this program: move it away, or use that version'
+        )
     if options['stage'] != stage or (stage == 2 and options['form'] != form):
         name = 'stage 1' if stage == 1 else f'stage 2 form {form}'
         raise UserError(f'{path}: not a checkpoint of {name}; move it away')
@@ -2025,7 +2067,7 @@ def initialise(options, parent, parent_path, images):
         # The encoder sees colours relative to the mean colour, and the decoder starts from it.
         # Where most pixels are black, or white, training would else begin with driving the last
         # sigmoid to where it is flat, and the code would die before it says anything (NOTES 4).
-        n = min(len(images), 1000, 10**8 // options.size**2)  # as many as fit into memory
+        n = min(len(images), 1000, 10**8 // options.size**2)  # at most 1.2 GB
         y = model.signal(images.batch(range(n)))
         mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [channels]
         model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
@@ -2040,7 +2082,8 @@ def training_inputs(model, images, options, step, machine):
 
     The whole batch is a function of (seed, step), whatever the number of processes.
     """
-    # Draw the batch: which images, which of them mirrored, and what the module asks for.
+    # Draw the batch: which images, which of them mirrored, and what the module asks for. Images are
+    # drawn with replacement: without epochs a step depends on no step before it.
     generator = make_generator(options.seed, 'step', step)
     indices = torch.randint(len(images), (options.batch,), generator=generator)
     mirrored = torch.rand(options.batch, 1, 1, 1, generator=generator) < 0.5 * options.flip
@@ -2049,8 +2092,7 @@ def training_inputs(model, images, options, step, machine):
     # Of `world` processes each takes every world-th image.
     share = slice(machine.rank, None, machine.world)
     x = images.batch(indices[share])
-    if data_set(options.data).mirror:
-        x = torch.where(mirrored[share], x.flip(3), x)
+    x = torch.where(mirrored[share], x.flip(3), x)
     inputs = {'x': x} | {name: tensor[share] for name, tensor in inputs.items()}
     return {name: tensor.to(machine.device) for name, tensor in inputs.items()}
 
@@ -2104,7 +2146,10 @@ class TrainingRun:
         self.saved_step = self.step
 
     def save(self, shown):
-        """Write the checkpoint, the table of losses, and a picture of what has been learnt."""
+        """Write the checkpoint, the table of losses, and a picture of what has been learnt.
+
+        shown: held-out images [n, C, H, W], on the device, for the picture of stage 1.
+        """
         content = {
             'options': asdict(self.options),
             'model': self.model.state_dict(),
@@ -2118,10 +2163,12 @@ class TrainingRun:
         header = ['step', *self.model.metrics, 'grad_norm', 'lr', 'images_per_s']
         or_warn(write_table, self.path.with_suffix('.csv'), [header, *self.rows])
 
-        # Stage 1: held-out images above their drafts. Stage 2: drafts above refined samples.
+        # Stage 1: what the VAE models of held-out images, above their drafts. Stage 2: drafts above
+        # refined samples.
         if self.options.stage == 1:
+            y = self.averaged.signal(shown)
             mu, _ = self.averaged.encode(shown)
-            pictures = {'image': self.averaged.signal(shown), 'draft': self.averaged.decode(mu)}
+            pictures = {self.options.signal: y, 'draft': self.averaged.decode(mu)}
         else:
             pictures = sample_chunk(self.averaged, SamplingOptions(), chunk=0, n=16)  # section 8
         picture = self.path.with_suffix('.png')
@@ -2212,17 +2259,19 @@ class TrainingRun:
             )
 
     def require_finite(self, values):
-        """Stop the run at a loss or a gradient that is nan or infinite: its weights are lost."""
+        """Raise a FloatingPointError at a loss or a gradient that is nan or infinite.
+
+        The weights in memory are lost then; the last checkpoint stays.
+        """
         finite = values.isfinite().all(dim=1).tolist()
         if all(finite):
             return
         bad = self.step - len(finite) + 1 + finite.index(False)
-        good = f'{self.path} is good, of step {self.saved_step}'
+        anew = f'{self.path} is good, of step {self.saved_step}: move it away and start anew'
         if self.saved_step == 0:
-            good = 'nothing was saved before'
+            anew = 'nothing was saved before: start anew'
         raise FloatingPointError(
-            f'step {bad}: loss or gradient not finite; start anew, in another --out, with a lower '
-            f'--lr or --clip; {good}'
+            f'step {bad}: loss or gradient not finite; {anew}, with a lower --lr or --clip'
         )
 
     def describe(self, rate):
@@ -2257,7 +2306,7 @@ def train(typed):
     stage = typed.stage
     form = typed.form or '1'
     data = typed.data or PRESETS[typed.preset or 'small']['both']['data']
-    out = typed.out or f'runs/{Path(data).resolve().name}'
+    out = typed.out or f'runs/{Path(data).resolve().name}'  # so stage 2, too, needs --data or --out
     machine = choose_machine(typed.device)
     progress = Progress()
 
@@ -2268,7 +2317,7 @@ def train(typed):
     if stage == 2 and saved is None:
         source, parent = load_checkpoint(out, 1)
         if parent is None and form != 'uncond':
-            raise UserError(f'no {source}: first run python diffusevae.py train --stage 1 for it')
+            raise UserError(f'no {source}: first train --stage 1, or give its --data or --out')
     if parent and form != 'uncond' and parent['step'] < parent['options']['steps']:
         progress.show(f'note: {source} is not complete; its VAE is used as it is', end=True)
     before = saved or parent
@@ -2305,7 +2354,8 @@ def train(typed):
 
 # ==== 8. SAMPLING =================================================================================
 # z ~ N(0, I), x_hat = decoder(z), then the reverse chain. Images are drawn in chunks of 64. What is
-# random in a chunk is a function of (seed, chunk), so image i is the same however many are drawn.
+# random in a chunk is a function of (seed, chunk): so image i is the same, up to rounding, however
+# many are drawn.
 
 CHUNK = 64
 
@@ -2374,6 +2424,12 @@ def encode_batches(model, batches):
     return mu, logvar
 
 
+def encode_all(trained, images):
+    """(mu, logvar), each [N, z_dim], of a whole set of images."""
+    chunks = torch.arange(len(images)).split(CHUNK)
+    return encode_batches(trained.model, (images.batch(indices) for indices in chunks))
+
+
 def draw_chunks(draw, num, progress=None):
     """Images 0 to num - 1, chunk by chunk: {name: [num, C, H, W]}.
 
@@ -2409,7 +2465,7 @@ def load_trained(options, form=None):
 
     model = build(settings)
     load_weights(model, saved['ema'], path)
-    model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()  # nothing below keeps what a gradient would need
     model.to(machine.device)
     return Trained(model, settings, path)
 
@@ -2559,8 +2615,8 @@ def write_folder(options, trained, num, names, draw):
     machine = choose_machine(options.device)
     progress = Progress()
 
-    # Images of other settings, or of another model, must not end up in the same folder.
-    # (Where files are and on which device they are made does not matter.)
+    # Images of other settings, or of another model, must not end up in the same folder. Where the
+    # files are does not matter, nor does the device, unless it changes the precision.
     elsewhere = dict(out=None, root=None, data=None, device=None)
     if options.real:
         content = {'real': Path(trained.settings.data).name, 'size': trained.settings.size}
@@ -2608,11 +2664,12 @@ def slerp(a, b, w):
 
 
 def load_for_pictures(options, n):
-    """A `Trained` model with a VAE, n held-out images [n, C, H, W], their mean codes [n, z_dim]."""
+    """A `Trained` model with a VAE, n held-out images [n, C, H, W], their mean codes [n, z_dim].
+
+    Where there are fewer images, they are repeated. UserError for the baseline, or a large --num.
+    """
     trained = load_trained(options)
-    form = trained.settings.form
-    if form == 'uncond':
-        raise UserError(f'{trained.path}: --form uncond has no codes; train form 1 or 2')
+    trained.require_codes()
     if options.num is not None and options.num > CHUNK:
         raise UserError(f'--num {options.num}: up to {CHUNK} in a picture')
     held_out = trained.images(train=False)
@@ -2644,7 +2701,7 @@ def chain(options):
 
     # The baseline's chain stands below, for the same noise, if it is of the same images and times.
     if checkpoint_path(options.out, 2, 'uncond').exists():
-        baseline = load_trained(replace(options, guidance=0.0), form='uncond')
+        baseline = load_trained(replace(options, guidance=0.0), form='uncond')  # it has none
         if comparable(baseline) == comparable(trained):
             runs.append(baseline)
 
@@ -2652,8 +2709,8 @@ def chain(options):
     # chain itself falls through them, from right to left.)
     diffusion = trained.model.diffusion
     times = time_grid(diffusion.T, options.steps, options.spacing)[::-1]
-    shown = torch.linspace(0, len(times) - 1, min(len(times), 10)).round().int().tolist()
-    columns = ['0'] + [str(times[i] + 1) for i in shown]  # as in formulas: t = 1 ... T
+    picked = torch.linspace(0, len(times) - 1, min(len(times), 10)).round().int().tolist()
+    columns = ['0'] + [str(times[i] + 1) for i in picked]  # as in formulas: t = 1 ... T
 
     # Forward: one noise for all times, so that only its share changes. In Formulation 2, x_t is y_t
     # plus the draft from t = 1 on.
@@ -2663,20 +2720,20 @@ def chain(options):
     eps = draw_noise()
     forward_1 = [x_0]
     forward_2 = [x_0]
-    for i in shown:
+    for i in picked:
         y_t = q_sample(x_0, diffusion.schedule[times[i]], eps)
         forward_1.append(y_t)
         forward_2.append(y_t + x_hat)
 
     # Reverse: what each chain passes through. It ends in the image, at time 0. (The rows show y_t;
     # for Formulation 2, x_t would be this plus the draft.)
-    reverse = [passed_through(run, options, mu, shown) for run in runs]
+    reverse = [passed_through(run, options, mu, picked) for run in runs]
 
     # A block of rows for each image; the draft stands below the largest time, towards which
     # Formulation 2's process leads.
     rows = []
     for i in range(num):
-        blank = torch.ones(len(shown), *x_0.shape[1:])
+        blank = torch.ones(len(picked), *x_0.shape[1:])
         rows.append(('forward 1', row_of(forward_1, i)))
         rows.append(('forward 2', row_of(forward_2, i)))
         rows.append(('draft', torch.cat([blank, row_of([x_hat], i)])))
@@ -2686,10 +2743,10 @@ def chain(options):
     trained.write_picture('chain', rows, columns)
 
 
-def passed_through(trained, options, z, shown):
+def passed_through(trained, options, z, picked):
     """y_t and the estimates of x_0, two lists of [n, C, H, W]: x_0, then those of rising times.
 
-    z: codes [n, z_dim]; shown: which of the chain's times, counted from the smallest.
+    z: codes [n, z_dim]; picked: which of the chain's times, counted from the smallest.
     """
     y = []
     estimates = []
@@ -2703,7 +2760,7 @@ def passed_through(trained, options, z, shown):
     x_0 = 2 * refined - 1
     y.reverse()
     estimates.reverse()
-    return [x_0] + [y[i] for i in shown], [x_0] + [estimates[i] for i in shown]
+    return [x_0] + [y[i] for i in picked], [x_0] + [estimates[i] for i in picked]
 
 
 def row_of(batches, i):
@@ -2737,7 +2794,13 @@ def interpolate(options):
 
 
 def has_attribute(labels, text):
-    """Which images have an attribute such as kind=circle, digit=3, size>0.5, Smiling: bool [N]."""
+    """Which images have an attribute such as kind=circle, digit=3, size>0.5, Smiling: bool [N].
+
+    UserError if the labels have no such attribute, or if it is true of all images or of none.
+    """
+    if not labels:
+        raise UserError('edit: the images have no labels; those of a folder never have')
+
     # A name, a relation and a value; a name alone means that the label is 1.
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '', re.DOTALL).groups()
     try:
@@ -2745,9 +2808,8 @@ def has_attribute(labels, text):
     except ValueError:
         number = None
     if name not in labels or number is None:
-        known = ', '.join(labels) or 'no labels'
         raise UserError(
-            f'--attribute {text or "is missing"}: there are {known}; kinds are '
+            f'--attribute {text or "is missing"}: there are {", ".join(labels)}; kinds are '
             f'{", ".join(KINDS)}, other values numbers'
         )
     if relation == '>':
@@ -2759,12 +2821,6 @@ def has_attribute(labels, text):
     if has.all() or not has.any():
         raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
     return has
-
-
-def encode_all(trained, images):
-    """(mu, logvar), each [N, z_dim], of a whole set of images."""
-    chunks = torch.arange(len(images)).split(CHUNK)
-    return encode_batches(trained.model, (images.batch(indices) for indices in chunks))
 
 
 def edit(options):
@@ -2831,7 +2887,10 @@ def halve(x):
 
 
 def double(low, resolution):
-    """The way back from `halve`, but for the detail: [N, C, R / 2, R / 2] -> [N, C, R, R]."""
+    """The way back from `halve`, but for the detail: [N, C, R / 2, R / 2] -> [N, C, R, R].
+
+    resolution: R, which may be odd.
+    """
     # Pixel i of the lower level lies on pixel 2 i of the upper one. So its pixels are set there,
     # zeros between them, and blurred; as three of four are zeros, the kernel's values are those of
     # `halve` times four. `conv_transpose2d` does all this. Its padding cuts off four pixels on each
@@ -2850,6 +2909,7 @@ def double(low, resolution):
 
 def laplacian_pyramid(x):
     """What each halving of the resolution loses, finest first, and the rest: [N, C, R, R] each."""
+    # No level has less than 8 pixels a side: patches of 7x7 fit.
     levels = []
     while x.shape[-1] >= 16:
         low = halve(x)
@@ -2861,7 +2921,9 @@ def laplacian_pyramid(x):
 def sliced_wasserstein(images, real, patches=64, directions=128):
     """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
 
-    Source: Karras et al., 2018. It needs no pretrained network; it is not FID, nor comparable.
+    patches: of each image; directions: on which they are projected. Returns [levels]; ValueError
+    for sets of different shapes. Source: Karras et al., 2018. It needs no pretrained network; it is
+    not FID, nor comparable.
     """
     # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
     # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
@@ -2896,10 +2958,10 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
 
 
 def em_step(z, r, ridge=1e-6):
-    """One step of EM for a mixture of K Gaussians, in float64.
+    """One step of EM for a mixture of K Gaussians.
 
-    z: [N, D]; r: responsibilities [N, K]. Returns the mixture (w [K], m [K, D], S [K, D, D]) that
-    fits them, its responsibilities for z, and its mean log-likelihood.
+    z: [N, D], in float64; r: responsibilities [N, K]. Returns the mixture (w [K], m [K, D],
+    S [K, D, D]) that fits them, its responsibilities for z, and its mean log-likelihood.
     """
     # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
     # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
@@ -2941,8 +3003,7 @@ def mixture_of_codes(trained, K):
     N(0, I), so some z ~ N(0, I) fall where the decoder was never trained. Codes from a mixture
     fitted to z ~ q(z|x) do so less often.
     """
-    if trained.model.vae is None:
-        raise UserError('--gmm: --form uncond has no codes')
+    trained.require_codes()
     images = trained.images(train=True)
     if len(images) < K:
         raise UserError(f'--gmm {K}: there are {len(images)} training images')
@@ -2973,6 +3034,7 @@ def nats_of_L_0(x_0, mean, std):
 
 def nats_of_L_t(x_0, predicted_x0, alpha_bar, generator, variance, strata):
     """The sum of L_t in `bound`: [B]. One random t stands for all t of a part of the sum."""
+    # t = 1 ... T - 1 here are the times 2 ... T of formulas.
     total = 0
     for part in torch.arange(1, len(alpha_bar)).tensor_split(strata):
         t = part[(len(part) * torch.rand(len(x_0), generator=generator)).long()]
@@ -2993,8 +3055,8 @@ def nats_of_L_t(x_0, predicted_x0, alpha_bar, generator, variance, strata):
 def bound(model, x, generator, variance='small', strata=20):
     """An estimate of an upper bound of -log p(x), x [B, C, H, W] in [0, 1]: its terms in nats.
 
-    It is unbiased: from one z, and one random t from each of `strata` equal parts of 1 ... T - 1.
-    Returns {name: [B]}.
+    It is unbiased. It draws one z, and for the terms L_2 ... L_T one random t from each of `strata`
+    equal parts of this range. Returns {name: [B]}.
     """
     # -log p(x_0) <= KL( q(z|x_0) || p(z) ) + L_T + sum_t L_t + L_0, with the draft of z ~ q(z|x_0)
     #   L_T = KL( q(y_T|x_0) || N(0, I) )
@@ -3032,7 +3094,7 @@ def bound(model, x, generator, variance='small', strata=20):
 
     # The last step has to name a grey level for each pixel.
     mean = predicted_x0(torch.zeros(len(x), dtype=torch.long))
-    _, of_posterior = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])  # at t = 2; without the mean
+    _, of_posterior = q_posterior(0, 0, alpha_bar[1], alpha_bar[0])  # at t = 2 of formulas
     terms['L_0'] = nats_of_L_0(x_0, mean, of_posterior**0.5)
     return terms
 
@@ -3082,7 +3144,8 @@ def evaluate(options):
     runs = [load_trained(options, form) for form in trained_forms(options)]
     if any(comparable(run) != comparable(runs[0]) for run in runs):
         raise UserError(
-            f'--out {options.out}: its models are of different --data or --timesteps; give --form'
+            f'--out {options.out}: its models are of different --data, --size or --timesteps; '
+            'give --form'
         )
     train_images = runs[0].images(train=True)
     held_out = runs[0].images(train=False)
@@ -3234,9 +3297,7 @@ def default_text(setting, options_class):
     if options_class is TrainingOptions:
         small = PRESETS['small']
         defaults = [(small['both'] | small[stage]).get(setting.name) for stage in (1, 2)]
-    defaults = [
-        as_typed(value) for value in defaults if value not in (None, ()) and value is not False
-    ]
+    defaults = [as_typed(value) for value in defaults if value not in (None, ())]
     if not defaults or setting.type is bool:
         return ''
     if defaults[0] == defaults[-1]:
@@ -3293,7 +3354,7 @@ def parse(argv):
         low = setting.metadata['low']
         high = setting.metadata['high']
         if value is not None and low is not None and not low <= value <= high:  # nan is out, too
-            limits = f'from {low} on' if high == 1e15 else f'from {low} to {high}'
+            limits = f'from {low} on' if high == NO_LIMIT else f'from {low} to {high}'
             raise UserError(f'{flag(setting.name)} {value}: must be {limits}')
     options = options_class(**given)
     if options_class is SamplingOptions:
@@ -3302,10 +3363,10 @@ def parse(argv):
 
 
 def main(argv=None):
-    """Run one command. Returns the exit code: 0, or 2 after an error that the user can fix.
+    """Run one command. Returns the exit code.
 
-    A full disk or memory is such an error. 1 means that a training diverged, 130 that it was
-    interrupted.
+    0: success. 1: a training diverged (Python itself exits with 1 after a traceback, a bug).
+    2: an error that the user can fix, such as a full disk or a full GPU. 130: interrupted.
     """
     try:
         run, options = parse(argv)

@@ -1705,8 +1705,8 @@ def test_digits_are_padded_to_32_and_never_mirrored(tmp_path, data, folder, labe
     assert dv.to_uint8(x, data).shape == (2, 1, 28, 28)
     assert not torch.equal(x, load_images(data, tmp_path, train=False).batch([0, 1]))
 
-    settings = config(2, data=data, preset='cifar10')  # a preset that mirrors
-    assert settings.flip
+    settings = config(2, data=data, preset='cifar10')  # a preset that mirrors other images
+    assert not settings.flip and config(2, preset='cifar10').flip
     model = types.SimpleNamespace(random_inputs=lambda n, generator: {})
     x = dv.training_inputs(model, images, settings, 0, CPU)['x']
     known = images.batch(range(40)).flatten(1)
