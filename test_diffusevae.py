@@ -2072,7 +2072,7 @@ def test_change_of_variables():
     def noise():
         return torch.randn(100_000, generator=generator, dtype=torch.float64)
 
-    # The chain: q(x_1|x_0, x_hat), then q(x_t|x_t-1, x_hat) up to t = 200.
+    # The chain: q(x_1|x_0, x_hat), then q(x_t|x_{t-1}, x_hat) up to t = 200.
     x = (1 - BETA[0]).sqrt() * x_0 + x_hat + BETA[0].sqrt() * noise()
     for beta in BETA[1:200]:
         shrink = (1 - beta).sqrt()
@@ -2931,7 +2931,7 @@ def test_training_images_are_mirrored_left_to_right(tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
-    """Exit code 1, the exact step and the last good checkpoint, which is kept."""
+    """Exit code 1, the exact step, the last good checkpoint, which is kept, and advice that works."""
     path = tmp_path / 'stage1.pt'
     command = ['train', '--stage', 1, '--out', tmp_path, '--save-every', 0, *FEW]
     assert run(*command, '--steps', 10) == 0
@@ -2950,6 +2950,10 @@ def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monke
     error = capsys.readouterr().err
     assert 'step 13:' in error and str(path) in error and 'step 10' in error
     assert error.count('\n') == 1 and path.read_bytes() == before
+
+    assert 'move it away and start anew, with a lower --lr or --clip' in error
+    path.rename(tmp_path / 'elsewhere.pt')
+    assert run(*command, '--steps', 10, '--lr', 1e-3) == 0
 
 
 def test_gradient_that_is_not_finite_stops_training(tmp_path, monkeypatch):
