@@ -1152,8 +1152,8 @@ def draw_shapes(n, generator, size=32):
     return (255 * images).round().byte(), factors
 
 
-# The white of grey pictures with 8, 10, 12, 14 and 16 bits. 8 are among them, because wider numbers
-# may hold such values, too.
+# The white of grey pictures with 8, 10, 12, 14 and 16 bits (8, because wider numbers may hold such
+# values, too).
 WHITES = (255, 1023, 4095, 16383, 65535)
 
 
@@ -2465,7 +2465,7 @@ def load_trained(options, form=None):
 
     model = build(settings)
     load_weights(model, saved['ema'], path)
-    model.requires_grad_(False).eval()  # nothing below keeps what a gradient would need
+    model.requires_grad_(False).eval()  # so nothing below needs torch.no_grad
     model.to(machine.device)
     return Trained(model, settings, path)
 
@@ -2799,7 +2799,7 @@ def has_attribute(labels, text):
     UserError if the labels have no such attribute, or if it is true of all images or of none.
     """
     if not labels:
-        raise UserError('edit: the images have no labels; those of a folder never have')
+        raise UserError('--attribute: the images have no labels; those of a folder never have')
 
     # A name, a relation and a value; a name alone means that the label is 1.
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text or '', re.DOTALL).groups()

@@ -2931,7 +2931,7 @@ def test_training_images_are_mirrored_left_to_right(tmp_path, monkeypatch):
 
 
 def test_loss_that_is_not_finite_stops_training(trained, tmp_path, capsys, monkeypatch):
-    """Exit code 1, the exact step, the last good checkpoint, which is kept, and advice that works."""
+    """Exit code 1, the exact step, the last good checkpoint, which stays, and advice that works."""
     path = tmp_path / 'stage1.pt'
     command = ['train', '--stage', 1, '--out', tmp_path, '--save-every', 0, *FEW]
     assert run(*command, '--steps', 10) == 0
