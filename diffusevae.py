@@ -444,8 +444,8 @@ def dpmpp_step(y_t, x_0, alpha_bar, alpha_bar_next, previous):
     # line is replaced by its value D in the middle of the step. The error is of third order in h in
     # a step, hence of second order in a chain: this is the 2 of "2M"; M stands for multistep.
     #
-    # In the last step h is infinite, and no line can be drawn that far: D = x_0, of which y_next is
-    # the limit. The first step has no estimate before it, and takes D = x_0, too.
+    # In the last step h is infinite, and no line can be drawn that far. There D = x_0, and y_next
+    # has the limit x_0. The first step has no estimate before it, and takes D = x_0, too.
     if alpha_bar_next == 1:
         return x_0
     h = half_log_snr(alpha_bar_next) - half_log_snr(alpha_bar)
