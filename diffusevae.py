@@ -196,7 +196,8 @@ def backbone(blocks, widths):
         else:
             layers.append(nn.Upsample(scale_factor=following // resolution))
 
-        # As many channels as the next resolution has (the authors do this even if it has as many).
+        # A 1x1 convolution to the next resolution's width, as in the authors' code: also where the
+        # widths are equal.
         layers.append(nn.Conv2d(widths[resolution], widths[following], 1, bias=False))
 
     last = list(blocks)[-1]
@@ -252,7 +253,7 @@ class VAE(nn.Module):
 
         # The encoder sees y minus the mean colour of the training set, and the last bias starts at
         # that colour's logit. Both are set when training begins (section 7), and are additions to
-        # the paper: where most pixels are black, or white, the VAE else died (NOTES 4).
+        # the paper: where most pixels are black, or white, the VAE died without (NOTES 4).
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -304,7 +305,7 @@ class VAE(nn.Module):
 #
 # In Formulation 2 it carries the draft along, so that at T the draft plus noise is left:
 #
-#     q(x_1|x_0, x_hat)   = N(sqrt(1 - beta_1) x_0 + x_hat, beta_1 I)
+#     q(x_1|x_0, x_hat)     = N(sqrt(1 - beta_1) x_0 + x_hat, beta_1 I)
 #     q(x_t|x_{t-1}, x_hat) = N(sqrt(1 - beta_t) x_{t-1} + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
 #     hence q(x_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I)
 #
@@ -343,9 +344,9 @@ def q_sample(x_0, alpha_bar, eps):
     # y_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps
     #
     # A single step is y_t = sqrt(1 - beta_t) y_{t-1} + sqrt(beta_t) noise. Many of them shrink x_0
-    # by the product of the square roots, and a sum of Gaussians is Gaussian again. If its variance
-    # was 1 - alpha_bar_{t-1} before a step, it is (1 - beta_t)(1 - alpha_bar_{t-1}) + beta_t, which
-    # is 1 - alpha_bar_t, after it (NOTES 2.3).
+    # by the product of the square roots, and a sum of Gaussians is Gaussian again. If the variance
+    # of y_{t-1} is 1 - alpha_bar_{t-1}, that of y_t is (1 - beta_t)(1 - alpha_bar_{t-1}) + beta_t,
+    # which is 1 - alpha_bar_t (NOTES 2.3).
     return alpha_bar**0.5 * x_0 + (1 - alpha_bar) ** 0.5 * eps
 
 
@@ -937,7 +938,7 @@ class DiffuseVAE(nn.Module):
         return self.diffusion.alpha_bar.device
 
     def train(self, mode=True):
-        """Switch dropout on or off, as in every module; a frozen VAE stays as it samples."""
+        """Switch dropout on or off, as in every module, but never in the frozen VAE."""
         super().train(mode)
         if self.vae is not None:
             self.vae.eval()
@@ -1051,7 +1052,7 @@ class DiffuseVAE(nn.Module):
 def seed_of(*key):
     """A seed that depends on all parts of a key, e.g. (0, 'step', 17), and on nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits: no sign
+    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits: a signed number of 64 holds it
 
 
 def make_generator(*key):
@@ -1414,7 +1415,7 @@ def first_readable(paths, size):
 def load_folder(data, root, size, train, grey):
     """All pictures below the folder `data`. Held out are those whose name has a hash below 0.05."""
     # That is about 5%. By a hash, not by chance: so held-out pictures stay held out when files are
-    # added. Sorted by it, the first n pictures are a fair sample, of all subfolders.
+    # added. Sorted by it, the first n pictures are a fair sample of all subfolders.
     folder = Path(data)
     paths = sorted(pictures_below(folder), key=lambda path: name_hash(path, folder))
     held_out = [path for path in paths if name_hash(path, folder) < 0.05]
@@ -1723,8 +1724,8 @@ def vae_layout(options):
     Raises UserError for a size that the preset cannot have.
     """
     if options.preset == 'small':
-        # It does little where there are many pixels: its encoder pools from `size` to 8 at once.
-        # (With --size 16 the keys 16 and `size` are one, and the later entry counts.)
+        # This VAE does little where there are many pixels: the encoder pools from `size` to 8 at
+        # once. (With --size 16 the keys 16 and `size` are one, and the later entry counts.)
         if options.size % 16:
             below = options.size // 16 * 16
             raise UserError(f'--size {options.size}: no multiple of 16, as {below} or {below + 16}')
@@ -1924,9 +1925,9 @@ def check_model(options, settings, path):
 
 # ==== 7. TRAINING, one loop for both stages =======================================================
 # A stage is a module: `forward` returns its loss, `random_inputs` draws what a step needs. Whatever
-# is random in step s is a function of (seed, s) alone (and dropout's masks of the process). So a
-# run that is interrupted and resumed makes the same weights as one that is not: on a CPU with as
-# many threads bit for bit.
+# is random in step s is a function of (seed, s) alone (of several processes, each has dropout masks
+# of its own). So a run that is interrupted and resumed makes the same weights as one that is not:
+# on a CPU with as many threads bit for bit.
 
 
 def cpu_has_fast_bfloat16():
@@ -2700,8 +2701,9 @@ def chain(options):
     runs = [trained]
 
     # The baseline's chain stands below, for the same noise, if it is of the same images and times.
+    # It has no guidance.
     if checkpoint_path(options.out, 2, 'uncond').exists():
-        baseline = load_trained(replace(options, guidance=0.0), form='uncond')  # it has none
+        baseline = load_trained(replace(options, guidance=0.0), form='uncond')
         if comparable(baseline) == comparable(trained):
             runs.append(baseline)
 
