@@ -431,12 +431,11 @@ def quadratic_times(schedule, steps):
         return [T - 1]
     t_start = next((t for t in range(T) if schedule[t] ** 0.5 < 0.039), T - 1)
 
-    # Where rounding would merge two times, the next free one is taken (the authors lose it), and at
-    # most T - steps + i, which leaves room for those that come after the i-th.
+    # Where rounding would merge two times, the next free one is taken; the authors lose it.
     times = [0]
     for i in range(1, steps):
         wanted = round((i / (steps - 1)) ** 2 * t_start)
-        times.append(min(max(wanted, times[-1] + 1), T - steps + i))
+        times.append(max(wanted, times[-1] + 1))
     return times[::-1]
 
 

@@ -16,7 +16,6 @@ THE LECTURER'S COMMANDS         exercise, grade and bench
 No network, no GPU; the data files are made on the spot.
 """
 
-import argparse
 import ast
 import contextlib
 import copy
@@ -32,7 +31,6 @@ import re
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import textwrap
@@ -50,13 +48,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.distributions import (
-    Categorical,
-    MixtureSameFamily,
-    MultivariateNormal,
-    Normal,
-    kl_divergence,
-)
+from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal
+from torch.distributions import kl_divergence as kl_of_torch
 from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).resolve().parent
@@ -64,7 +57,7 @@ GRADED = Path(os.environ.get('DIFFUSEVAE', HERE / 'diffusevae.py')).resolve()
 
 torch.set_num_threads(2)
 T = 1000
-CODE_LINES = 1341
+CODE_LINES = 1323
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
 
@@ -79,9 +72,7 @@ def tensor(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-# ==================================================================================================
-# THE GRADER: one class of tests an exercise, each with a time limit, the other exercises replaced
-# ==================================================================================================
+# ==== THE GRADER: a class of tests an exercise, with a time limit, the others replaced ============
 
 EXERCISES = {}  # name: its class of tests, in the order of diffusevae.py
 FAILED = {}  # name: why, of the exercises of the graded file that are not right
@@ -108,24 +99,20 @@ def exercise(name, points):
 
 
 class Own:
-    """The tests' own formulas, written differently from diffusevae.py."""
+    """The tests' own formulas, written differently from diffusevae.py: a name for them, no more."""
 
-    @staticmethod
     def reparameterize(mu, logvar, eps):
         return mu + logvar.exp().sqrt() * eps
 
-    @staticmethod
     def kl_divergence(mu, logvar):
         terms = -logvar / 2 + (mu * mu + logvar.exp()) / 2 - 0.5
         return terms.sum(-1)
 
-    @staticmethod
     def negative_elbo(x, x_hat, mu, logvar, kl_weight=1.0):
         error = ((x_hat - x) ** 2).sum() / len(x)
         kl = Own.kl_divergence(mu, logvar).sum() / len(mu)
         return kl_weight * kl + error, error, kl
 
-    @staticmethod
     def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
         alpha_bar = []
         product = 1.0
@@ -134,18 +121,15 @@ class Own:
             alpha_bar.append(product)
         return torch.tensor(alpha_bar, dtype=torch.float64)
 
-    @staticmethod
     def q_sample(x_0, alpha_bar, eps):
         return eps * (1 - alpha_bar) ** 0.5 + x_0 * alpha_bar**0.5
 
-    @staticmethod
     def predict_x0(x_t, alpha_bar, eps):
         root = alpha_bar**0.5
         noise = (1 - alpha_bar) ** 0.5 * eps
         x_0 = (x_t - noise) / root
         return x_0
 
-    @staticmethod
     def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
         alpha = alpha_bar / alpha_bar_prev
         mean = alpha_bar_prev**0.5 * (1 - alpha) * x_0 + alpha**0.5 * (1 - alpha_bar_prev) * x_t
@@ -154,14 +138,12 @@ class Own:
         variance = variance / (1 - alpha_bar)
         return mean, variance
 
-    @staticmethod
     def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small'):
         mean, tilde_beta = Own.q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
         beta = 1 - alpha_bar / alpha_bar_prev
         std = (beta if variance == 'large' else tilde_beta) ** 0.5
         return mean + (alpha_bar_prev < 1) * std * noise
 
-    @staticmethod
     def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
         beta = 1 - alpha_bar / alpha_bar_prev
         sigma = eta * (beta * (1 - alpha_bar_prev) / (1 - alpha_bar)) ** 0.5
@@ -169,13 +151,11 @@ class Own:
         mean = alpha_bar_prev**0.5 * x_0_pred + (1 - alpha_bar_prev - sigma**2) ** 0.5 * eps
         return mean + sigma * noise
 
-    @staticmethod
     def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
         noisy = [Own.q_sample(x, alpha_bar[i], e) for x, i, e in zip(x_0, t, eps)]
         error = eps_theta(torch.stack(noisy), t) - eps
         return (error**2).mean()
 
-    @staticmethod
     def time_embedding(t, width):
         if t.is_meta:
             return torch.empty(len(t), width, device='meta')
@@ -188,12 +168,10 @@ class Own:
             rows.append(cosines + sines)
         return torch.tensor(rows)
 
-    @staticmethod
     def network_input(x_t, x_hat, form):
         first = {'1': x_t, '2': x_hat + x_t}[form]
         return torch.cat((first, x_hat), 1)
 
-    @staticmethod
     def ema_update(averages, parameters, step, decay):
         d = (1 + step) / (10 + step)
         if d > decay:
@@ -202,7 +180,6 @@ class Own:
             for average, parameter in zip(averages, parameters):
                 average.copy_(d * average + (1 - d) * parameter)
 
-    @staticmethod
     def em_step(z, r, ridge=1e-6):
         N, D = z.shape
         weights = []
@@ -225,7 +202,6 @@ class Own:
         joint = torch.stack(joint, 1)
         return mixture, joint.softmax(1), joint.logsumexp(1).mean()
 
-    @staticmethod
     def slerp(a, b, w):
         cosine = (a * b).sum() / (a.norm() * b.norm())
         theta = cosine.clamp(-0.9999, 0.9999).acos()
@@ -417,9 +393,7 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f'{GRADED.name}: {earned} of {possible} points')
 
 
-# ==================================================================================================
-# PART 1. THE EXERCISES
-# ==================================================================================================
+# ==== PART 1. THE EXERCISES =======================================================================
 
 # ---- The VAE -------------------------------------------------------------------------------------
 
@@ -476,7 +450,7 @@ class TestKLDivergence:
         """It agrees with torch.distributions, for as many examples as dimensions, too."""
         for shape in ((3, 5), (4, 4), (1, 7)):
             mu, logvar = randn(2, *shape)
-            theirs = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
+            theirs = kl_of_torch(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
             assert torch.allclose(dv.kl_divergence(mu, logvar), theirs)
 
     def test_zero_for_the_prior(self):
@@ -506,7 +480,7 @@ class TestNegativeELBO:
             loss = dv.negative_elbo(x, x_hat, mu, logvar, kl_weight)[0]
             sigma = (kl_weight / 2) ** 0.5
             log_p = Normal(x_hat, sigma).log_prob(x) - Normal(0.0, sigma).log_prob(tensor(0.0))
-            kl = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
+            kl = kl_of_torch(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0))
             bound = [kl_weight * (kl[i].sum() - log_p[i].sum()) for i in range(4)]
             assert torch.allclose(loss, sum(bound) / 4)
 
@@ -609,13 +583,6 @@ class TestPredictX0:
         x_t = Own.q_sample(x_0, alpha_bar, eps)
         assert torch.allclose(dv.predict_x0(x_t, alpha_bar, eps), x_0)
 
-    def test_error_of_eps(self):
-        """At t = T an error of eps is multiplied by 157: x_0 must not be clipped here."""
-        x_t = randn(4)
-        alpha_bar = ALPHA_BAR[-1].item()
-        change = dv.predict_x0(x_t, alpha_bar, x_t + 0.01) - dv.predict_x0(x_t, alpha_bar, x_t)
-        assert torch.allclose(change, tensor(-1.57), atol=0.01)
-
 
 @exercise('q_posterior', points=3)
 class TestQPosterior:
@@ -662,14 +629,18 @@ class TestQPosterior:
         assert abs(x_prev.var() / (1 - alpha_bar_prev) - 1) < 0.02
 
 
+# alpha_bar and alpha_bar_prev of steps: between neighbours, and on coarser grids.
+PAIRS = torch.tensor([(999, 998), (999, 300), (40, 3), (1, 0)])
+STEPS = ALPHA_BAR[PAIRS].tolist()
+
+
 @exercise('ddpm_step', points=2)
 class TestDDPMStep:
     def test_small(self):
         """With the "small" variance, the default: the posterior's mean plus its standard deviation
         times the noise."""
         x_t, x_0, noise = randn(3, 50)
-        for t, t_prev in ((999, 998), (999, 300), (40, 3)):
-            alpha_bar, alpha_bar_prev = ALPHA_BAR[t].item(), ALPHA_BAR[t_prev].item()
+        for alpha_bar, alpha_bar_prev in STEPS:
             mean, variance = Own.q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev)
             for given in ((), ('small',)):
                 step = dv.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise, *given)
@@ -678,9 +649,8 @@ class TestDDPMStep:
     def test_large(self):
         """With the "large" variance: the same mean, and beta of the two grid points."""
         x_t, x_0, noise = randn(3, 50)
-        for t, t_prev in ((999, 998), (999, 300), (40, 3)):
-            alpha_bar, alpha_bar_prev = ALPHA_BAR[t].item(), ALPHA_BAR[t_prev].item()
-            beta = 1 - torch.prod(1 - BETA[t_prev + 1 : t + 1])
+        for alpha_bar, alpha_bar_prev in STEPS:
+            beta = 1 - alpha_bar / alpha_bar_prev
             mean = dv.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, 0 * noise, 'large')
             assert torch.allclose(mean, Own.q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev)[0])
             step = dv.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise, 'large')
@@ -699,8 +669,7 @@ class TestDDIMStep:
     def test_deterministic(self):
         """For eta = 0, the default: the same x_0 and eps, noised to the next time."""
         x_0, eps, noise = 3 * randn(3, 50)
-        for t, t_prev in ((999, 998), (999, 300), (40, 3)):
-            alpha_bar, alpha_bar_prev = ALPHA_BAR[t].item(), ALPHA_BAR[t_prev].item()
+        for alpha_bar, alpha_bar_prev in STEPS:
             x_t = Own.q_sample(x_0, alpha_bar, eps)
             step = dv.ddim_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise)
             assert torch.allclose(step, Own.q_sample(x_0, alpha_bar_prev, eps))
@@ -708,8 +677,7 @@ class TestDDIMStep:
     def test_eta_1(self):
         """For eta = 1: the ancestral step with the "small" variance, on every grid."""
         x_t, x_0, noise = randn(3, 50)
-        for t, t_prev in ((999, 998), (999, 300), (40, 3), (1, 0)):
-            alpha_bar, alpha_bar_prev = ALPHA_BAR[t].item(), ALPHA_BAR[t_prev].item()
+        for alpha_bar, alpha_bar_prev in STEPS:
             ancestral = Own.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise, 'small')
             step = dv.ddim_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise, 1.0)
             assert torch.allclose(step, ancestral)
@@ -927,28 +895,15 @@ class TestEMStep:
     z = randn(40, 3)
     r = randn(40, 2, seed=1).softmax(1)
 
-    def test_one_component(self):
-        """For K = 1: weight 1, the mean and the (biased) covariance of z, responsibilities 1."""
-        ones = torch.ones(40, 1).double()
-        (weights, means, covariances), r, log_p = dv.em_step(self.z, ones, ridge=0.0)
-        assert torch.allclose(weights, tensor(1.0))
-        assert torch.allclose(means[0], self.z.mean(0))
-        assert torch.allclose(covariances[0], self.z.T.cov(correction=0))
-        assert torch.allclose(r, ones)
-        theirs = MultivariateNormal(means[0], covariances[0]).log_prob(self.z).mean()
-        assert torch.allclose(log_p, theirs)
-
     def test_weighted_moments(self):
         """w, m and S are the moments of z weighted by r, plus the ridge (1e-6 by default)."""
         (weights, means, covariances), _, _ = dv.em_step(self.z, self.r, ridge=0.25)
         for k in range(2):
-            N_k = sum(self.r[n, k] for n in range(40))
-            mean = sum(self.r[n, k] * self.z[n] for n in range(40)) / N_k
-            covariance = torch.zeros(3, 3).double()
-            for n in range(40):
-                d = self.z[n] - mean
-                covariance += self.r[n, k] * torch.outer(d, d) / N_k
-            assert torch.allclose(weights[k], N_k / 40) and torch.allclose(means[k], mean)
+            share = self.r[:, k] / self.r[:, k].sum()
+            mean = share @ self.z
+            covariance = (self.z - mean).T @ torch.diag(share) @ (self.z - mean)
+            assert torch.allclose(weights[k], self.r[:, k].mean())
+            assert torch.allclose(means[k], mean)
             assert torch.allclose(covariances[k], covariance + 0.25 * torch.eye(3))
 
         (_, _, default), _, _ = dv.em_step(torch.zeros(4, 2).double(), torch.ones(4, 1).double())
@@ -985,9 +940,7 @@ class TestEMStep:
         assert torch.allclose(new, r) and log_p.isfinite()
 
 
-# ==================================================================================================
-# PART 2. THE GRADER GRADED: what must be caught, and what must pass
-# ==================================================================================================
+# ==== PART 2. THE GRADER GRADED: what must be caught, and what must pass ==========================
 
 # ---- Wrong solutions -----------------------------------------------------------------------------
 #      A mistake's name, and how to make it: a text of the own formula, and what replaces it.
@@ -998,45 +951,27 @@ WRONG = {
     'reparameterize': [
         ('variance for standard deviation', '.sqrt()', ''),
         ('logvar for standard deviation', 'logvar.exp().sqrt()', 'logvar'),
-        ('eps added, not multiplied', '* eps', '+ eps'),
         ('noise drawn anew in place of eps', '* eps', '* torch.randn_like(eps)'),
         ('wrong sign of logvar', 'logvar.exp', '(-logvar).exp'),
         ('no gradient to mu', 'mu +', 'mu.detach() +'),
         ('no gradient to logvar', 'logvar.exp', 'logvar.detach().exp'),
-        ('noise subtracted', 'mu +', 'mu -'),
-        ('one noise for the whole batch', '* eps', '* eps[:1]'),
     ],
     'kl_divergence': [
         ('the -1 is missing', '- 0.5', ''),
-        ('-2 for -1', '- 0.5', '- 1'),
         ('logvar without the 1/2', '-logvar / 2', '-logvar'),
         ('wrong sign of logvar', '-logvar', 'logvar'),
-        ('mu for mu^2', 'mu * mu', 'mu'),
-        ('|mu| for mu^2', 'mu * mu', 'mu.abs()'),
         ('standard deviation for variance', 'logvar.exp()', '(logvar / 2).exp()'),
-        ('variance squared', 'logvar.exp()', 'logvar.exp() ** 2'),
-        ('mu^2 and variance without the 1/2', '.exp()) / 2', '.exp())'),
         ('mean over z for the sum', '.sum(-1)', '.mean(-1)'),
-        ('half the gradient to mu', 'mu * mu', 'mu.detach() * mu'),
         ('mean over the batch', '.sum(-1)', '.sum(-1).mean().expand(len(mu))'),
         ('without the 1/2', '.sum(-1)', '.sum(-1) * 2'),
-        ('wrong sign of all', 'terms.sum', '-terms.sum'),
     ],
     'negative_elbo': [
         ('mean over pixels for the sum', '/ len(x)', '/ x.numel()'),
         ('error summed over the batch', '** 2).sum() / len(x)', '** 2).sum()'),
         ('half the squared error', '** 2', '** 2 / 2'),
         ('KL without kl_weight', 'kl_weight * kl', 'kl'),
-        ('kl_weight squared', 'kl_weight * kl', 'kl_weight**2 * kl'),
         ('kl_weight weighs the error', 'kl_weight * kl + error', 'kl + kl_weight * error'),
-        ('absolute for squared error', '(x_hat - x) ** 2', '(x_hat - x).abs()'),
-        ('KL: mean over z for the sum', '/ len(mu)', '/ mu.numel()'),
-        ('kl_weight in the KL that is returned', 'error, kl', 'error, kl_weight * kl'),
-        ('no gradient to x_hat', 'x_hat - x', 'x_hat.detach() - x'),
         ('KL summed over the batch', '/ len(mu)', ''),
-        ('another default of kl_weight', 'kl_weight=1.0', 'kl_weight=0.5'),
-        ('no gradient to logvar', 'mu, logvar).sum()', 'mu, logvar.detach()).sum()'),
-        ('the KL is missing', 'kl_weight * kl + e', 'e'),
     ],
     'linear_schedule': [
         ('beta one step ahead', 't * (', '(t + 1) * ('),
@@ -1044,22 +979,15 @@ WRONG = {
         ('1 - beta without the product', 'product *=', 'product ='),
         ('product of beta for 1 - beta', '1 - (beta_1', '(beta_1'),
         ('float32 for float64', '64', '32'),
-        ('square root of alpha_bar', 'product)', 'product**0.5)'),
         ('alpha_bar squared in the recursion', 'product *= 1 - (', 'product -= product**2 * ('),
-        ('another default of beta_1', '1e-4', '1e-3'),
-        ('another default of beta_T', '0.02', '0.01'),
-        ('the product does not start at 1', 'product = 1.0', 'product = 0.99'),
     ],
     'q_sample': [
         ('variance for standard deviation', '(1 - alpha_bar) ** 0.5', '(1 - alpha_bar)'),
         ('alpha_bar for its square root', '* alpha_bar**0.5', '* alpha_bar'),
         ('the image is not scaled', '* alpha_bar**0.5', ''),
         ('1 - sqrt(alpha_bar) for 1 - alpha_bar', '1 - alpha_bar', '1 - alpha_bar**0.5'),
-        ('image subtracted', '+ x_0', '- x_0'),
         ('noise drawn anew in place of eps', 'eps *', 'torch.randn_like(eps) *'),
-        ('noise subtracted', 'eps *', '-eps *'),
         ('the image has the weight of the noise', '* alpha_bar**0.5', '* (1 - alpha_bar)**0.5'),
-        ('the noise of another image', 'eps * (1', 'eps.flip(0) * (1'),
     ],
     'predict_x0': [
         ('alpha_bar for its square root', 'root = alpha_bar**0.5', 'root = alpha_bar'),
@@ -1067,7 +995,6 @@ WRONG = {
         ('variance for standard deviation', '(1 - alpha_bar) ** 0.5', '(1 - alpha_bar)'),
         ('only x_t is divided', '(x_t - noise) / root', 'x_t / root - noise'),
         ('only the noise is divided', '(x_t - noise) / root', 'x_t - noise / root'),
-        ('noise subtracted twice', 'return x_0', 'return x_0 - eps'),
         ('multiplied by sqrt(alpha_bar)', '/ root', '* root'),
         ('clipped here already', 'return x_0', 'return x_0.clamp(-1, 1)'),
     ],
@@ -1076,81 +1003,42 @@ WRONG = {
         ('weight of x_0: alpha_bar, not the next', 'alpha_bar_prev**0.5', 'alpha_bar**0.5'),
         ('alpha_bar_prev for its square root', 'alpha_bar_prev**0.5', 'alpha_bar_prev'),
         ('1 - beta for its square root', 'alpha**0.5', 'alpha'),
-        ('alpha_bar in the weight of x_t', 'alpha_bar_prev) * x_t', 'alpha_bar) * x_t'),
-        ('variance: beta squared', '(1 - alpha) * (1 - alpha_bar_prev)\n', '(1 - alpha) ** 2\n'),
         ('variance: 1 - alpha_bar_prev is missing', ') * (1 - alpha_bar_prev)\n', ')\n'),
         ('standard deviation for variance', 'return mean, variance', 'return mean, variance**0.5'),
-        ('variance: not divided', 'variance = variance / (1 - alpha_bar)', ''),
         ('beta for the variance', 'return mean, variance', 'return mean, 1 - alpha'),
-        ('x_t for x_0', '* x_0 +', '* x_t +'),
-        ('weight of x_0: sqrt(beta) for beta', '(1 - alpha) * x_0', '(1 - alpha)**0.5 * x_0'),
-        ('x_t subtracted', '+ alpha', '- alpha'),
-        ('x_0 is clipped; it must not be here', '* x_0 +', '* x_0.clamp(-1, 1) +'),
     ],
     'ddpm_step': [
         ('variance for standard deviation', ' ** 0.5\n', '\n'),
         ('large and small are exchanged', "variance == 'large'", "variance == 'small'"),
         ('large is the default', "variance='small'", "variance='large'"),
         ('always the large variance', "variance == 'large'", 'True'),
-        ('always the small variance', "variance == 'large'", 'False'),
         ('noise in the last step', '(alpha_bar_prev < 1) *', ''),
         ('large: 1 - alpha_bar for beta', '= 1 - alpha_bar / alpha_bar_prev', '= 1 - alpha_bar'),
-        ("x_0 for the posterior's mean", 'return mean', 'return x_0_pred'),
-        ('x_0 and x_t are exchanged', 'x_0_pred, x_t, alpha', 'x_t, x_0_pred, alpha'),
-        ('noise drawn anew', '* noise', '* torch.randn_like(noise)'),
-        ('noise is not scaled', '* std * noise', '* noise'),
-        (
-            'x_0 is clipped, not its place',
-            'x_0_pred, x_t, alpha',
-            'x_0_pred.clamp(-1, 1), x_t, alpha',
-        ),
-        ('noise subtracted', 'mean +', 'mean -'),
-        ('noise in the last step alone', 'alpha_bar_prev < 1', 'alpha_bar_prev == 1'),
     ],
     'ddim_step': [
         ('sqrt(eta) for eta', 'sigma = eta *', 'sigma = eta**0.5 *'),
         ('sigma without eta', 'sigma = eta *', 'sigma ='),
-        ('sigma: variance for deviation', '(1 - alpha_bar)) ** 0.5\n', '(1 - alpha_bar))\n'),
         ('sigma^2 is missing under the root', 'alpha_bar_prev - sigma**2', 'alpha_bar_prev'),
-        ('sigma^2 times noise', 'sigma * noise', 'sigma**2 * noise'),
         ('alpha_bar for alpha_bar_prev', 'mean = alpha_bar_prev**0.5', 'mean = alpha_bar**0.5'),
-        ('alpha_bar_prev for its square root', 'n = alpha_bar_prev**0.5', 'n = alpha_bar_prev'),
-        (
-            'eps: variance for deviation',
-            'x_0_pred) / (1 - alpha_bar) ** 0.5',
-            'x_0_pred) / (1 - alpha_bar)',
-        ),
-        ('eps: alpha_bar for its square root', 'x_t - alpha_bar**0.5', 'x_t - alpha_bar'),
-        ('eps: x_0 is not subtracted', 'x_t - alpha_bar**0.5 * x_0_pred', 'x_t'),
-        ('beta: alpha_bar for its ratio', '1 - alpha_bar / alpha_bar_prev', '1 - alpha_bar'),
         ('another default of eta', 'eta=0.0', 'eta=1.0'),
         ('direction: no square root', '- sigma**2) ** 0.5', '- sigma**2)'),
-        ('the answer is clipped', 'return mean', 'return mean.clamp(-1, 1)'),
     ],
     'ddpm_loss': [
         ('alpha_bar[t - 1] for alpha_bar[t]', 'alpha_bar[i]', 'alpha_bar[i - 1]'),
-        ("the first image's time for all", 'alpha_bar[i]', 'alpha_bar[t[0]]'),
         ('square root of alpha_bar', 'alpha_bar[i]', 'alpha_bar[i]**0.5'),
-        ('absolute for squared error', '(error**2)', 'error.abs()'),
         ('sum for mean', '.mean()', '.sum()'),
-        ('mean over the batch alone', '.mean()', '.sum() / len(eps)'),
         ('the network is told t + 1', ', t) - eps', ', t + 1) - eps'),
         ('the target is x_0, not eps', ') - eps', ') - x_0'),
         ('the network sees the clean image', '(torch.stack(noisy), t)', '(x_0, t)'),
         ('no gradient to the network', 'noisy), t)', 'noisy), t).detach()'),
-        ('half the squared error', 'error**2', 'error**2 / 2'),
-        ('noise subtracted', 'alpha_bar[i], e', 'alpha_bar[i], -e'),
     ],
     'time_embedding': [
-        ('sines for cosines', 'math.cos(a)', 'math.sin(a)'),
         ('divided by half - 1, not by half', '-i / half', '-i / (half - 1)'),
         ('another base than 10^4', '10_000', '1_000'),
-        ('frequencies rise', '-i / half', 'i / half'),
         ('times from 1 on', 'value *', '(value + 1) *'),
         ('the exponent is twice as large', '-i / half', '-2 * i / half'),
         ('sines come first', 'cosines + sines', 'sines + cosines'),
         ('in turns, not all cosines first', 'cosines + sines', 'sum(zip(cosines, sines), ())'),
-        ('i from 1 on', 'range(half)', 'range(1, half + 1)'),
         ('float64 for float32', 'torch.tensor(rows)', 'torch.tensor(rows).double()'),
     ],
     'network_input': [
@@ -1159,58 +1047,35 @@ WRONG = {
         ('Formulation 2 for both', "'1': x_t", "'1': x_t + x_hat"),
         ('Formulation 1 for both', "'2': x_hat + x_t", "'2': x_t"),
         ('the draft comes first', '(first, x_hat)', '(x_hat, first)'),
-        ('x_t in place of the draft', '(first, x_hat)', '(first, x_t)'),
-        ('the first image twice', '(first, x_hat)', '(first, first)'),
-        ('Formulation 2: x_t is missing', "'2': x_hat + x_t", "'2': x_hat"),
-        ('the draft is overwritten', "'2': x_hat + x_t", "'2': x_hat.add_(x_t)"),
         ('x_t is overwritten', "'2': x_hat + x_t", "'2': x_t.add_(x_hat)"),
     ],
     'ema_update': [
         ('the larger decay of both', 'd > decay', 'd < decay'),
         ('step for 1 + step', '(1 + step)', 'step'),
-        ('9 + step for 10 + step', '(10 + step)', '(9 + step)'),
         ('the weights are exchanged', 'd * average + (1 - d)', '(1 - d) * average + d'),
         ('decay without the rise', 'd = (1 + step) / (10 + step)', 'd = decay'),
         ('the parameters are overwritten', 'average.copy_', 'parameter.copy_'),
-        ('the average is not scaled', 'd * average + (1', 'average + (1'),
         ('the averages stay as they were', 'average.copy_(d', 'average = (d'),
-        ('the first average alone', 'zip(averages', 'zip(averages[:1]'),
         ('d is not limited by decay', 'd > decay', 'd > 1'),
         ('new memory, not in place', 'average.copy_(', 'average.data = ('),
-        ('1 - decay for 1 - d', '(1 - d) * parameter', '(1 - decay) * parameter'),
-        ('gradients are recorded', 'torch.no_grad()', 'torch.set_grad_enabled(True)'),
     ],
     'em_step': [
         ('covariance over N_k - 1', ':]).sum(0) / N_k', ':]).sum(0) / (N_k - 1)'),
         ('cov without correction=0', ':]).sum(0) / N_k', ':]).sum(0) / (N_k - r_k @ r_k / N_k)'),
         ('the mean is not subtracted', 'd = z - mean', 'd = z'),
-        ('log 2 pi without the dimension', 'D * math', 'math'),
-        ('density without the 1/2', '-0.5 * (', '-1.0 * ('),
         ('softmax over the points', 'softmax(1)', 'softmax(0)'),
-        ('sum for mean of the likelihood', 'logsumexp(1).mean()', 'logsumexp(1).sum()'),
         ('the ridge is missing', '+ ridge *', '+ 0 *'),
-        ('the determinant is missing', '+ S.logdet()', ''),
         ('the weights are missing', '(N_k / N).log() + log_p', 'log_p'),
-        ('covariance for its inverse', 'S.inverse()', 'S'),
-        ('one mean for all', '(r_k[:, None] * z).sum(0) / N_k', 'z.mean(0)'),
-        ('the weights do not add up to 1', 'weights.append(N_k / N)', 'weights.append(N_k)'),
         ('underflow of small densities', 'joint.softmax(1)', 'F.normalize(joint.exp() + 1e-12, 1)'),
-        ('log det S / 4 for log det S / 2', 'S.logdet()', 'S.logdet() / 2'),
-        ('another default of the ridge', 'ridge=1e-6', 'ridge=1e-2'),
     ],
     'slerp': [
         ('from b to a', 'weight_a * a + weight_b * b', 'weight_b * a + weight_a * b'),
-        ('arcsine for arccosine', '.acos()', '.asin()'),
         ('the weight of a is linear', 'torch.sin((1 - w) * theta) / theta.sin()', '1 - w'),
         ('the straight line', 'weight_a * a + weight_b * b', '(1 - w) * a + w * b'),
         ('w squared', '(w * theta)', '(w**2 * theta)'),
         ('cosine: |a|^2 for |a| |b|', 'b.norm()', 'a.norm()'),
-        ('the angle is clamped too early', '(-0.9999, 0.9999)', '(-0.5, 0.5)'),
-        ('b subtracted', '+ weight_b', '- weight_b'),
-        ('cosine: mean for sum', '(a * b).sum()', '(a * b).mean()'),
         ('cosine: not divided by the lengths', ' / (a.norm() * b.norm())', ''),
         ('the weight of b is linear', 'torch.sin(w * theta)', 'w * torch.sin(theta)'),
-        ('cosine: square root of the lengths', 'b.norm())', 'b.norm()) ** 0.5'),
     ],
 }
 
@@ -1272,7 +1137,6 @@ def flat(answer):
 def edited(name, old, new):
     """The own formula `name` with one text replaced, as a function."""
     source = textwrap.dedent(inspect.getsource(getattr(Own, name)))
-    source = source.removeprefix('@staticmethod\n')
     assert old in source, (name, old)
     scope = dict(globals())
     exec(source.replace(old, new, 1), scope)
@@ -1352,141 +1216,46 @@ def alike(these, those):
     return all(torch.allclose(a.double(), b.double(), **near) for a, b in zip(these, those))
 
 
-# ---- Different solutions -------------------------------------------------------------------------
-#      Correct, but written in another way; all of `Own` are, too.
-
-
-def reparameterize_in_one_call(mu, logvar, eps):
-    return torch.addcmul(mu, (0.5 * logvar).exp(), eps)
-
-
-def kl_divergence_number_by_number(mu, logvar):
-    sums = []
-    for example_mu, example_logvar in zip(mu, logvar):
-        terms = [0.5 * (m * m + s.exp() - 1 - s) for m, s in zip(example_mu, example_logvar)]
-        sums.append(sum(terms))
-    return torch.stack(sums)
-
-
-def kl_divergence_of_torch(mu, logvar):
-    q = Normal(mu, logvar.mul(0.5).exp())
-    p = Normal(torch.zeros_like(mu), 1.0)
-    return kl_divergence(q, p).sum(1)
-
-
-def negative_elbo_example_by_example(x, x_hat, mu, logvar, kl_weight=1.0):
-    error = F.mse_loss(x_hat, x, reduction='sum') / x.shape[0]
-    kl = torch.stack([Own.kl_divergence(m, s) for m, s in zip(mu, logvar)]).mean()
-    return error + kl_weight * kl, error, kl
-
-
-def linear_schedule_by_logarithms(T=1000, beta_1=1e-4, beta_T=0.02):
-    beta = torch.linspace(beta_1, beta_T, T, dtype=torch.float64)
-    return torch.exp(torch.cumsum(torch.log1p(-beta), 0))
-
-
-def q_sample_of_tensors(x_0, alpha_bar, eps):
-    alpha_bar = torch.as_tensor(alpha_bar)
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * eps
-
-
-def q_posterior_as_ddim_sees_it(x_0, x_t, a, b):
-    """The mean is sqrt(b) x_0, and what DDIM leaves of eps; a is alpha_bar, b alpha_bar_prev."""
-    mean = b**0.5 * x_0 + (a * (1 / b - 1) * (1 - b)) ** 0.5 / (1 - a) * (x_t - a**0.5 * x_0)
-    variance = (1 - b) - a / b * (1 - b) ** 2 / (1 - a)
-    return mean, variance
-
-
-def slerp_without_clamping_at_four_digits(a, b, w):
-    direction_a = F.normalize(a.flatten(), dim=0)
-    direction_b = F.normalize(b.flatten(), dim=0)
-    theta = torch.acos((direction_a @ direction_b).clamp(-1 + 1e-7, 1 - 1e-7))
-    return (torch.sin(theta - w * theta) * a + torch.sin(w * theta) * b) / torch.sin(theta)
-
-
-RIGHT = {
-    'reparameterize': [reparameterize_in_one_call],
-    'kl_divergence': [kl_divergence_number_by_number, kl_divergence_of_torch],
-    'negative_elbo': [negative_elbo_example_by_example],
-    'linear_schedule': [linear_schedule_by_logarithms],
-    'q_sample': [q_sample_of_tensors],
-    'q_posterior': [q_posterior_as_ddim_sees_it],
-    'slerp': [slerp_without_clamping_at_four_digits],
-}
-
-
 # ---- Tests of the grader -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', EXERCISES)
 def test_grader_catches_wrong_solutions(name):
-    """Each wrong solution runs, and violates at least one property of its own exercise."""
-    assert len(WRONG[name]) >= 6
+    """Each wrong solution runs, violates at least one property, and is called what it is: no two
+    of an exercise behave alike, or have the same name."""
     call = CALLS[name][0]
     wanted = flat(getattr(Own, name)(*copy.deepcopy(call)))  # some change their arguments
-    for _, old, new in WRONG[name]:
+    for mistake, old, new in WRONG[name]:
         wrong = edited(name, old, new)
         answer = flat(wrong(*copy.deepcopy(call)))
-        assert [part.shape for part in answer] == [part.shape for part in wanted], (old, new)
-        assert all(part.isfinite().all() for part in answer), (old, new)
-        assert grade(name, wrong), f'{name} with {new!r} for {old!r} passes'
+        assert [part.shape for part in answer] == [part.shape for part in wanted], mistake
+        assert all(part.isfinite().all() for part in answer), mistake
+        assert grade(name, wrong), f'{name}: {mistake} passes'
+        assert looks_like(name, wrong) == mistake
+    names = [mistake for mistake, _, _ in WRONG[name]]
+    assert len(names) == len(set(names)) >= 6
 
 
 @pytest.mark.parametrize('name', EXERCISES)
 def test_grader_passes_different_solutions(name):
-    """A correct solution violates no property, however it is written, and is no mistake."""
-    for solution in [getattr(Own, name), *RIGHT.get(name, [])]:
+    """A correct solution violates no property, however it is written, and is no mistake: neither
+    our own formula nor that of diffusevae.py."""
+    skip_unless_all_are_solved()
+    for solution in (getattr(Own, name), EXERCISES[name].solution):
         assert grade(name, solution) == []
         assert looks_like(name, solution) is None
-
-
-@pytest.mark.parametrize('name', EXERCISES)
-def test_each_mistake_has_a_name_of_its_own(name):
-    """Of the wrong solutions of an exercise no two behave alike, so each is called what it is."""
-    names = [mistake for mistake, _, _ in WRONG[name]]
-    assert len(names) == len(set(names))
-    for mistake, old, new in WRONG[name]:
-        assert looks_like(name, edited(name, old, new)) == mistake
 
 
 # Mistakes in the words of diffusevae.py: the exercise, the mistake's name (None: another one than
 # those in WRONG), a text of the solution there, and what replaces it.
 MISTAKES_OF_STUDENTS = [
-    ('reparameterize', 'variance for standard deviation', 'logvar / 2', 'logvar'),
-    ('reparameterize', 'noise drawn anew in place of eps', '* eps', '* torch.randn_like(mu)'),
     ('reparameterize', None, 'logvar / 2', 'logvar / 3'),
     ('kl_divergence', 'mean over z for the sum', '.sum(dim=1)', '.mean(dim=1)'),
-    ('kl_divergence', 'half the gradient to mu', 'mu**2', 'mu * mu.data'),
-    ('negative_elbo', 'mean over pixels for the sum', '.sum(dim=(1, 2, 3))', ''),
-    (
-        'negative_elbo',
-        'kl_weight weighs the error',
-        'squared_error + kl_weight *',
-        'kl_weight * squared_error +',
-    ),
     ('linear_schedule', 'float32 for float64', 'float64', 'float32'),
-    ('linear_schedule', '1 - beta without the product', 'torch.cumprod(1', '(lambda b, dim: b)(1'),
-    ('q_sample', 'the image is not scaled', 'alpha_bar**0.5 * x_0', 'x_0'),
-    ('predict_x0', 'noise added', 'x_t - ', 'x_t + '),
-    ('predict_x0', 'alpha_bar for its square root', '/ alpha_bar**0.5', '/ alpha_bar'),
     ('q_posterior', 'alpha_bar for its ratio', 'alpha_bar / alpha_bar_prev', 'alpha_bar'),
     ('ddpm_step', 'noise in the last step', 'alpha_bar_prev == 1', 'alpha_bar_prev == 2'),
-    ('ddim_step', 'sqrt(eta) for eta', 'eta * variance', 'eta**0.5 * variance'),
-    ('ddim_step', None, 'sigma * noise', '0.9 * sigma * noise'),
-    ('ddpm_loss', 'the network sees the clean image', 'eps_theta(x_t', 'eps_theta(x_0'),
-    (
-        'time_embedding',
-        'sines come first',
-        'angles.cos(), angles.sin()',
-        'angles.sin(), angles.cos()',
-    ),
-    ('network_input', 'the draft comes first', '[x_t, x_hat]', '[x_hat, x_t]'),
-    ('network_input', 'Formulation 1 for both', 'x_t + x_hat', 'x_t'),
     ('ema_update', 'the larger decay of both', 'min(decay', 'max(decay'),
     ('em_step', 'cov without correction=0', 'correction=0, ', ''),
-    ('em_step', 'the weights are missing', 'w.log() + torch', 'torch'),
-    ('em_step', 'the ridge is missing', 'ridge * torch.eye', '0 * torch.eye'),
-    ('slerp', None, '0.9999', '0.9'),
     ('slerp', 'w squared', '(w * theta)', '(w * w * theta)'),
 ]
 
@@ -1514,16 +1283,14 @@ def test_grader_stops_an_endless_loop():
     assert len(grade('slerp', endless, seconds=0.1)) == 6
 
 
-def student_copy(path, *options):
-    """A file for a student, with bodies blanked, as a module."""
-    assert main(['exercise', '--out', str(path), *options]) == 0
-    return load_module(path, path.stem)
-
-
-def test_blanked_file_fails_every_exercise_and_each_body_put_back_is_one_more(tmp_path):
-    """In the blanked copy none is solved; with the body of one put back, exactly that one."""
+def test_blanked_file_lacks_the_chosen_exercises_and_nothing_else(tmp_path, capsys):
+    """Each keeps docstring and signature, and says its number; all else is as it was. --list
+    prints number, name and points; --only blanks those, and what exists is kept."""
     skip_unless_all_are_solved()
-    blank = student_copy(tmp_path / 'blank.py')
+    path = tmp_path / 'blank.py'
+    assert lecture('exercise', '--out', path) == 0
+    assert f'python test_diffusevae.py grade {path}' in capsys.readouterr().out
+    blank = load_module(path, 'blank')
     for name, cls in EXERCISES.items():
         _, doc = inspect.getdoc(getattr(blank, name)).split('\n\n', 1)
         assert doc == inspect.getdoc(getattr(dv, name))
@@ -1531,27 +1298,25 @@ def test_blanked_file_fails_every_exercise_and_each_body_put_back_is_one_more(tm
         with pytest.raises(NotImplementedError, match=f'Exercise {cls.number}: {name}'):
             getattr(blank, name)(*copy.deepcopy(CALLS[name][0]))
 
-    blanked = (tmp_path / 'blank.py').read_text()
-    for back in EXERCISES:
-        without = inspect.getsource(getattr(blank, back))
-        with_body = inspect.getsource(getattr(dv, back))
-        path = tmp_path / f'back_{back}.py'
-        path.write_text(blanked.replace(without, with_body))
-        module = load_module(path, path.stem)
+    def rest(path):
+        nodes = ast.parse(path.read_text(encoding='utf-8')).body
+        return [ast.dump(node) for node in nodes if getattr(node, 'name', None) not in EXERCISES]
 
-        # `grade` replaces functions of the graded module; a solution may call those of its own.
-        solutions = {name: getattr(module, name) for name in EXERCISES}
-        solved = set()
-        for name, solution in solutions.items():
-            vars(module).update(others(name) | {name: solution})
-            if not grade(name, solution):
-                solved.add(name)
-        assert solved == {back}
+    assert rest(path) == rest(GRADED)
+    text = path.read_text(encoding='utf-8')
+    for wrong, named in ((['-o', path], 'exists'), (['--only', '16'], '--only')):
+        assert lecture('exercise', *wrong) == 2 and named in capsys.readouterr().err
+    assert path.read_text(encoding='utf-8') == text
+
+    assert lecture('exercise', '-o', tmp_path / 'some.py', '--only', '4,14') == 0
+    text = (tmp_path / 'some.py').read_text(encoding='utf-8')
+    assert '\n#    4  linear_schedule 1 point\n#   14  slerp           2 points\n#\n' in text
+    assert re.findall(r"Error\('Exercise (\d+)", text) == ['4', '14']
+    assert lecture('exercise', '--list') == 0
+    assert '\n 3  negative_elbo   2 points\n' in capsys.readouterr().out
 
 
-# ==================================================================================================
-# PART 3. ALL THE REST, in the sections of diffusevae.py
-# ==================================================================================================
+# ==== PART 3. ALL THE REST, in the sections of diffusevae.py ======================================
 
 draw_all_shapes = dv.draw_shapes
 generate = dv.Trained.generate
@@ -1633,46 +1398,34 @@ def test_the_file_stays_minimal():
 
 
 def test_backbone_by_hand():
-    """Blocks, pooling, upsampling and width changes at the right places, 1x1 kernels at 1x1."""
+    """Blocks, pooling, upsampling and width changes at the right places; a block adds to h four
+    convolutions, each of the GELU of what comes before."""
     width = {8: 4, 4: 6, 1: 10}
     down = dv.backbone({8: 2, 4: 0, 1: 1}, width)
     up = dv.backbone({1: 1, 4: 2, 8: 0}, width)
-    x = randn(2, 4, 8, 8, dtype=torch.float32)
-    assert down(x).shape == (2, 10, 1, 1) and up(down(x)).shape == x.shape
+    layers = [type(layer).__name__.removesuffix('2d') for layer in (*down, *up)]
+    to_4x4 = ['VAEBlock', 'VAEBlock', 'VAEBlock', 'AvgPool', 'Conv']
+    to_1x1 = ['VAEBlock', 'AvgPool', 'Conv', 'VAEBlock']
+    and_back = ['VAEBlock', 'Upsample', 'Conv', 'VAEBlock', 'VAEBlock', 'Upsample', 'Conv']
+    assert layers == [*to_4x4, *to_1x1, *and_back]
 
-    # 8x8 to 4x4 to 1x1, and back.
-    names = [type(layer).__name__ for layer in down]
-    to_4x4 = ['VAEBlock', 'VAEBlock', 'VAEBlock', 'AvgPool2d', 'Conv2d']
-    to_1x1 = ['VAEBlock', 'AvgPool2d', 'Conv2d']
-    assert names == [*to_4x4, *to_1x1, 'VAEBlock']
-    names = [type(layer).__name__ for layer in up]
-    to_4x4 = ['VAEBlock', 'Upsample', 'Conv2d']
-    to_8x8 = ['VAEBlock', 'VAEBlock', 'Upsample', 'Conv2d']
-    assert names == [*to_4x4, *to_8x8]
-
-    blocks = [layer for layer in down if isinstance(layer, dv.VAEBlock)]
-    kernels = []
-    for block in blocks:
-        kernels.append([conv.kernel_size[0] for conv in block.convs])
-        assert not any(conv.bias.any() for conv in block.convs)
-    assert kernels == [[1, 3, 3, 1]] * 4 + [[1, 1, 1, 1]]
-    assert [block.convs[0].out_channels for block in blocks] == [2, 2, 2, 3, 5]
-    assert all(layer.bias is None for layer in [*down, *up] if isinstance(layer, nn.Conv2d))
-
-    pooled = down[3](x)
-    assert torch.allclose(pooled[0, 0, 0, 0], x[0, 0, :2, :2].mean())
-    h = down[-1](x.new_ones(2, 10, 1, 1))
-    assert torch.equal(up[1](h), h.expand(-1, -1, 4, 4))
-
-
-def test_vae_block_is_a_residual_of_gelu_then_convolution():
-    """A block adds to h four convolutions, each of the GELU of what comes before."""
-    block = dv.VAEBlock(4, 8)
-    h = randn(2, 4, 8, 8, dtype=torch.float32)
-    branch = h
-    for conv in block.convs:
-        branch = conv(F.gelu(branch))
-    assert torch.allclose(block(h), h + branch)
+    h = x = randn(2, 4, 8, 8).float()
+    for layer in (*down, *up):
+        if isinstance(layer, dv.VAEBlock):
+            branch = h
+            for conv in layer.convs:
+                assert not conv.bias.any()
+                branch = conv(F.gelu(branch))
+            h = h + branch
+        elif isinstance(layer, nn.AvgPool2d):
+            factor = 2 if h.shape[2] == 8 else 4
+            h = h.unfold(2, factor, factor).unfold(3, factor, factor).mean((4, 5))
+        elif isinstance(layer, nn.Upsample):
+            factor = 4 if h.shape[2] == 1 else 2
+            h = h.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        else:
+            h = torch.einsum('oi,biyx->boyx', layer.weight[..., 0, 0], h)  # 1x1, without a bias
+    assert h.shape == x.shape and torch.allclose(up(down(x)), h, atol=1e-5)
 
 
 def test_vae_maps_images_to_codes_and_back():
@@ -1680,33 +1433,29 @@ def test_vae_maps_images_to_codes_and_back():
     vae = tiny().vae
     x = torch.rand(3, 1, 8, 8)
     mu, logvar = vae.encode(x)
-    assert mu.shape == logvar.shape == (3, 4) and not torch.equal(mu, logvar)
-    assert vae.decode(mu).shape == x.shape
-    nn.init.constant_(vae.head.bias, 50.0)
-    assert vae.decode(mu).max() <= 1
-    nn.init.constant_(vae.head.bias, -50.0)
-    assert vae.decode(mu).min() >= 0
-    assert vae.mu.bias is None and vae.logvar.bias is None and vae.stem.bias is None
-
-    eps = randn(3, 4, dtype=torch.float32)
+    eps = randn(3, 4).float()
     by_hand = Own.negative_elbo(x, vae.decode(mu + (logvar / 2).exp() * eps), mu, logvar)
     losses = vae(x, eps)
     assert list(losses) == ['loss', 'squared_error', 'kl']
     assert all(map(torch.allclose, losses.values(), by_hand))
 
+    assert mu.shape == logvar.shape == (3, 4) and not torch.equal(mu, logvar)
+    for bias, value in ((50.0, 1), (-50.0, 0)):
+        nn.init.constant_(vae.head.bias, bias)
+        assert torch.allclose(vae.decode(mu), torch.full_like(x, value))
+
 
 def test_signals_by_hand():
     """What the VAE models: the image, its grey, its 4x4 means, or all but its middle."""
     x = torch.rand(2, 3, 8, 8)
-    assert dv.SIGNALS['image'](x) is x
-    grey = dv.SIGNALS['grey'](x)
-    assert torch.allclose(grey[:, 1], (x[:, 0] + x[:, 1] + x[:, 2]) / 3) and grey.shape == x.shape
-    low = dv.SIGNALS['lowres'](x)
-    assert torch.allclose(low[:, :, 4:, :4], x[:, :, 4:, :4].mean((2, 3))[..., None, None])
-    masked = dv.SIGNALS['masked'](x)
-    assert not masked[:, :, 2:6, 2:6].any() and masked.any()
-    for y in dv.SIGNALS.values():  # y(y(x)) = y(x): y has the code of x
-        assert torch.allclose(y(y(x)), y(x), atol=1e-6)
+    grey = (x[:, :1] + x[:, 1:2] + x[:, 2:]).expand_as(x) / 3
+    low = torch.kron(x.unfold(2, 4, 4).unfold(3, 4, 4).mean((4, 5)), torch.ones(4, 4))
+    middle = torch.zeros(8, 8)
+    middle[2:6, 2:6] = 1
+    by_hand = {'image': x, 'grey': grey, 'lowres': low, 'masked': x * (1 - middle)}
+    for name, y in dv.SIGNALS.items():
+        assert torch.allclose(y(x), by_hand[name], atol=1e-6)
+        assert torch.allclose(y(y(x)), y(x), atol=1e-6)  # so y has the code of x
 
     # Colour neither reaches the code nor counts in the error.
     layout = {8: 0, 4: 0, 1: 0}, {1: 0, 4: 0, 8: 0}, {8: 8, 4: 8, 1: 4}
@@ -1721,12 +1470,10 @@ def test_signals_by_hand():
 
 
 def test_change_of_variables():
-    """Formulation 2's own chain, marginal and posterior are ours once x_hat is subtracted."""
+    """Formulation 2's own chain has our marginal, once x_hat is subtracted."""
     x_0, x_hat = 0.6, 0.4
     generator = torch.Generator().manual_seed(0)
-
-    def noise():
-        return torch.randn(100_000, generator=generator, dtype=torch.float64)
+    noise = partial(torch.randn, 100_000, generator=generator, dtype=torch.float64)
 
     # The paper's chain: q(x_1|x_0, x_hat), then q(x_t|x_{t-1}, x_hat) up to t = 200.
     theirs = (1 - BETA[0]).sqrt() * x_0 + x_hat + BETA[0].sqrt() * noise()
@@ -1736,15 +1483,6 @@ def test_change_of_variables():
     ours = dv.q_sample(torch.tensor(x_0), ALPHA_BAR[199], noise())
     assert abs((ours + x_hat).mean() - theirs.mean()) < 0.01
     assert abs(ours.var() / theirs.var() - 1) < 0.03
-
-    # The posterior's mean: c_0 x_0 + c_t x_t + (1 - c_t) x_hat for t > 1.
-    for t in (1, 2, 500):
-        theirs = torch.tensor(0.123, dtype=torch.float64)
-        alpha_bar, alpha_bar_prev = ALPHA_BAR[t], ALPHA_BAR[t - 1]
-        c_0 = alpha_bar_prev.sqrt() * BETA[t] / (1 - alpha_bar)
-        c_t = (1 - BETA[t]).sqrt() * (1 - alpha_bar_prev) / (1 - alpha_bar)
-        ours, _ = dv.q_posterior(x_0, theirs - x_hat, alpha_bar, alpha_bar_prev)
-        assert torch.allclose(ours + x_hat, c_0 * x_0 + c_t * theirs + (1 - c_t) * x_hat)
 
 
 def test_formulation_2_sampled_as_in_the_paper_agrees_with_ours():
@@ -1777,39 +1515,6 @@ def test_formulation_2_sampled_as_in_the_paper_agrees_with_ours():
     draft, refined = model.generate(z, start, lambda: next(rest), **how)
     assert torch.allclose(draft, (x_hat + 1) / 2)
     assert torch.allclose(refined, (x + 1) / 2, atol=1e-5)
-
-
-def test_change_of_the_schedule_reaches_loss_and_sampler():
-    """`Diffusion` takes any schedule: float64 for the samplers, float32 for the loss, and grids of
-    it: the quadratic one starts where sqrt(alpha_bar) falls below 0.039."""
-    cosine = torch.cos(torch.linspace(0.01, 1.569, 400, dtype=torch.float64)) ** 2
-    diffusion = dv.Diffusion(cosine)
-    assert diffusion.schedule == cosine.tolist() and diffusion.alpha_bar.dtype == torch.float32
-    start = dv.quadratic_times(diffusion.schedule, 10)[0]
-    assert cosine[start].sqrt() < 0.039 <= cosine[start - 1].sqrt()
-    asked = []
-
-    def eps_theta(x_t, t):
-        asked.append(t[0].item())
-        return x_t
-
-    diffusion.sample(eps_theta, torch.zeros(1, 1, 2, 2), lambda: 0, 3, 'ddim', 'uniform')
-    assert asked == [399, 266, 132]
-
-
-@pytest.mark.parametrize('sampler', dv.SAMPLERS)
-def test_chain_ends_at_the_predicted_x_0_without_noise(sampler):
-    """The last step goes to alpha_bar = 1: a network sure of x_0 = 0.3 makes exactly that."""
-
-    def sure(x_t, t):
-        alpha_bar = ALPHA_BAR[t[0]]
-        return (x_t - 0.3 * alpha_bar**0.5) / (1 - alpha_bar) ** 0.5
-
-    def noise():
-        return randn(2, 1, 4, 4)
-
-    x_0 = dv.Diffusion(ALPHA_BAR).sample(sure, noise(), noise, 4, sampler)
-    assert (x_0 - 0.3).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize('sampler', dv.SAMPLERS)
@@ -1863,7 +1568,8 @@ def test_x_0_pred_is_clipped_before_it_is_used_and_eps_follows():
 
 
 def test_times_for_every_number_of_steps():
-    """A grid of n steps has n distinct times of the chain from high to low, for every n."""
+    """A grid of n steps has n distinct times of the chain from high to low, for every n; the
+    quadratic one starts where sqrt(alpha_bar) falls below 0.039, of any schedule."""
     for total in (1, 2, 3, 10, 1000):
         schedule = Own.linear_schedule(total).tolist()
         for spacing, times in dv.SPACINGS.items():
@@ -1875,6 +1581,9 @@ def test_times_for_every_number_of_steps():
                     assert grid[0] == total - 1
     assert dv.uniform_times(schedule, 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
     assert dv.quadratic_times(schedule, 5) == [800, 450, 200, 50, 0]
+    cosine = torch.cos(torch.linspace(0.01, 1.569, 400)) ** 2
+    start = dv.quadratic_times(cosine.tolist(), 10)[0]
+    assert cosine[start].sqrt() < 0.039 <= cosine[start - 1].sqrt()
     assert dv.uniform_times(schedule, 1000) == list(range(999, -1, -1))
 
 
@@ -1883,10 +1592,12 @@ def test_times_for_every_number_of_steps():
 
 @pytest.mark.parametrize('heads', [1, 4])
 def test_attention_agrees_with_a_loop_over_heads_and_pixels(heads):
-    """Each pixel gets the values of all pixels, weighted by softmax(q k / sqrt(d)), by head."""
+    """Each pixel gets the values of all pixels, weighted by softmax(q k / sqrt(d)), by head; at
+    the start, nothing."""
     layer = dv.Attention(8, heads, groups=1).double()
-    nn.init.normal_(layer.out.weight)
     h = randn(2, 8, 3, 4)
+    assert torch.equal(layer(h), h)  # at the start
+    nn.init.normal_(layer.out.weight)
     qkv = layer.qkv(layer.norm(h))
     q, k, v = qkv.flatten(2).chunk(3, dim=1)  # [2, 8, 12] each
     d = 8 // heads
@@ -1900,71 +1611,56 @@ def test_attention_agrees_with_a_loop_over_heads_and_pixels(heads):
     assert torch.allclose(layer(h), h + layer.out(mixed.view(2, 8, 3, 4)))
 
 
-def test_network_output_is_zero_at_the_start():
-    """Zero-initialised: the head, and the last convolution of every block and attention."""
-    net = dv.UNet(2, 1, 8, 8, [1, 2], 1, [4], heads=2)
-    assert not net(torch.randn(2, 2, 8, 8), torch.tensor([3, 999])).any()
-    for module in net.modules():
-        if isinstance(module, dv.ResBlock):
-            assert not module.conv2.weight.any() and not module.conv2.bias.any()
-        if isinstance(module, dv.Attention):
-            assert not module.out.weight.any() and not module.out.bias.any()
-
-
-def test_res_block_by_hand():
-    """GroupNorm, SiLU, conv; + Linear(SiLU(emb)); GroupNorm, SiLU, conv; skip by a 1x1 conv."""
+@pytest.mark.parametrize('scale_shift', [False, True])
+def test_res_block_by_hand(scale_shift):
+    """GroupNorm, SiLU, conv; + Linear(SiLU(emb)) before the next norm, or scale and shift after it;
+    SiLU, conv, which starts at zero; skip by a 1x1 conv if the width changes."""
     h = randn(2, 8, 4, 4, seed=1)
     emb = randn(2, 6, seed=2)
-
-    block = dv.ResBlock(8, 12, 6, 4, 0.0, scale_shift=False, heads=0).double()
-    nn.init.normal_(block.conv2.weight)
-    r = block.conv1(F.silu(block.norm1(h))) + block.project(F.silu(emb))[:, :, None, None]
-    assert torch.allclose(block(h, emb), block.skip(h) + block.conv2(F.silu(block.norm2(r))))
-    assert block.skip.kernel_size == (1, 1)
-
-    block = dv.ResBlock(8, 8, 6, 4, 0.0, scale_shift=True, heads=0).double()
-    nn.init.normal_(block.conv2.weight)
-    scale, shift = block.project(F.silu(emb))[:, :, None, None].chunk(2, dim=1)
-    r = block.norm2(block.conv1(F.silu(block.norm1(h)))) * (1 + scale) + shift
-    assert torch.allclose(block(h, emb), h + block.conv2(F.silu(r)))
-
-
-def test_group_norm_has_32_groups_at_the_papers_width_and_1_in_small_networks():
-    """32 groups everywhere from 128 channels on; below, one, so that no mean colour is lost."""
-    for channels, groups in ((128, 32), (160, 32), (24, 1), (64, 1)):
-        with torch.device('meta'):
-            net = dv.UNet(6, 3, 32, channels, [1, 2, 2], 1, [16], heads=8)
-        norms = [m.num_groups for m in net.modules() if isinstance(m, nn.GroupNorm)]
-        assert set(norms) == {groups} and len(norms) == 2 * (3 + 2 + 6) + 4 + 1
+    for width in (8, 12):
+        block = dv.ResBlock(8, width, 6, 4, 0.0, scale_shift=scale_shift, heads=0).double()
+        skip = h if width == 8 else F.conv2d(h, block.skip.weight, block.skip.bias)
+        assert torch.allclose(block(h, emb), skip)
+        nn.init.normal_(block.conv2.weight)
+        r = block.conv1(F.silu(block.norm1(h)))
+        told = block.project(F.silu(emb))[:, :, None, None]
+        if scale_shift:
+            r = block.norm2(r) * (1 + told[:, :width]) + told[:, width:]
+        else:
+            r = block.norm2(r + told)
+        assert torch.allclose(block(h, emb), skip + block.conv2(F.silu(r)))
 
 
 def test_unet_layers_in_the_papers_order():
-    """Skips after the stem, each block and each downsampling; attention only where asked for."""
-    net = dv.UNet(6, 3, 32, 128, [1, 2, 2, 2], 2, [16], heads=8)
+    """Skips after the stem, each block and each downsampling; attention only where asked for; 32
+    groups from 128 channels on and below, so that no mean colour is lost, one."""
+    with torch.device('meta'):
+        net = dv.UNet(6, 3, 32, 128, [1, 2, 2, 2], 2, [16], heads=8)
+        small = dv.UNet(6, 3, 32, 64, [1, 2, 2, 2], 2, [16], heads=8)
     down = [layer for layer in net.down if isinstance(layer, dv.ResBlock)]
     up = [layer for layer in net.up if isinstance(layer, dv.ResBlock)]
     assert [block.conv1.in_channels for block in down] == [128] * 3 + [256] * 5
     # Up, h and skip: 4x4 and 8x8 all 256 + 256; 16x16 takes the 128 of the first downsampling last.
     assert [block.conv1.in_channels for block in up] == [512] * 8 + [384] + [384, 256, 256]
+    for network, groups in ((net, 32), (small, 1)):
+        norms = [m.num_groups for m in network.modules() if isinstance(m, nn.GroupNorm)]
+        assert norms == [groups] * (2 * (8 + 2 + 12) + 6 + 1)
 
     attention = [m for m in net.modules() if isinstance(m, dv.Attention)]
-    assert len(attention) == 2 + 3 + 1 and all(layer.heads == 8 for layer in attention)
-    assert sum(isinstance(m, nn.Upsample) for m in net.modules()) == 3
-    assert sum(m.stride == (2, 2) for m in net.modules() if isinstance(m, nn.Conv2d)) == 3
-
     calls = [recorded(layer) for layer in attention]
-    with torch.no_grad():
-        net(torch.zeros(1, 6, 32, 32), torch.tensor([0]))
+    net(torch.zeros(1, 6, 32, 32, device='meta'), torch.zeros(1, device='meta'))
     assert sorted(output.shape[-1] for ((_, output),) in calls) == [4, 16, 16, 16, 16, 16]
+    assert all(layer.heads == 8 for layer in attention)
 
 
 def test_every_stored_map_reaches_its_partner_on_the_way_up():
-    """The network by hand: stem, block, halving, block, bottleneck; each map beside h, newest
-    first; the last layers."""
-    net = tiny('uncond').unet
+    """The network by hand: time and z, stem, block, halving, block, bottleneck; each map beside h,
+    newest first; the last layers. A new one predicts no noise; features drop in training only."""
+    net = tiny('uncond', z_dim=4, dropout=0.5).unet.eval()
     x = torch.randn(2, 1, 8, 8)
     t = torch.tensor([5, 900])
-    embedding = net.time_mlp(Own.time_embedding(t, 8))
+    z = torch.randn(2, 4)
+    embedding = net.time_mlp(Own.time_embedding(t, 8)) + net.z_mlp(z)
     block_8, halving, block_4 = net.down
     stem = net.stem(x)
     fine = block_8(stem, embedding)
@@ -1978,20 +1674,10 @@ def test_every_stored_map_reaches_its_partner_on_the_way_up():
     h = doubling[1](h.repeat_interleave(2, 2).repeat_interleave(2, 3))
     h = up_3(torch.cat([h, fine], 1), embedding)
     h = up_4(torch.cat([h, stem], 1), embedding)
-    assert torch.allclose(net(x, t), net.head(F.silu(net.head_norm(h))), atol=1e-5)
-
-
-def test_network_sees_t_and_z_and_drops_features_in_training_only():
-    """Another t or another z gives another output; with dropout another call does, in training."""
-    net = tiny('1', z_dim=4, dropout=0.5).unet.eval()
-    x = torch.randn(1, 2, 8, 8)
-    t = torch.tensor([5])
-    z = torch.randn(1, 4)
-    out = net(x, t, z)
-    assert torch.equal(out, net(x, t, z))
-    assert not torch.equal(out, net(x, t + 400, z)) and not torch.equal(out, net(x, t, z + 1))
+    assert torch.allclose(net(x, t, z), net.head(F.silu(net.head_norm(h))), atol=1e-5)
     net.train()
     assert not torch.equal(net(x, t, z), net(x, t, z))
+    assert not dv.UNet(1, 1, 8, 8, [1, 2], 1)(x, t).any()
 
 
 def test_head_and_output_are_float32_when_the_rest_is_bfloat16():
@@ -2008,39 +1694,30 @@ def test_head_and_output_are_float32_when_the_rest_is_bfloat16():
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
-COUNTS = {
-    'cifar10': (9_243_107, 35_749_763, 35_746_307),
-    'celeba64': (14_011_907, 82_644_099, 82_640_643),
-    'celebahq128': (21_098_275, 95_167_747, 95_164_291),
-    'celebahq256': (32_632_579, 113_676_675, 113_673_219),
+COUNTS = {  # of VAE, U-Net, baseline, and U-Net with z
+    'cifar10': (9_243_107, 35_749_763, 35_746_307, 38_835_971),
+    'celeba64': (14_011_907, 82_644_099, 82_640_643, 87_306_243),
+    'celebahq128': (21_098_275, 95_167_747, 95_164_291, 100_420_355),
+    'celebahq256': (32_632_579, 113_676_675, 113_673_219, 119_585_923),
 }
-WITH_Z = {'celeba64': 87_306_243, 'celebahq128': 100_420_355, 'celebahq256': 119_585_923}
 
 
 @pytest.mark.parametrize('preset', COUNTS)
 def test_presets_have_the_papers_sizes_and_run(preset):
-    """Exact parameter counts; the losses of both stages and a sampling call on `meta`."""
-    model = build_on_meta(config(2, form='1', preset=preset))
-    baseline = build_on_meta(config(2, form='uncond', preset=preset))
-    with_z = build_on_meta(config(2, form='2', z_cond=True, preset=preset))
-    networks = model.vae, model.unet, baseline.unet
-    assert tuple(map(count, networks)) == COUNTS[preset]
-    assert count(with_z.unet) == WITH_Z.get(preset, count(with_z.unet))
-    size = config(2, preset=preset).size
-    with torch.no_grad():
-        run_on_meta(model, (2, 3, size, size), samplers=['ddpm'])
-
-
-def build_on_meta(settings):
-    """Like dv.build, but without the memory; the schedule needs numbers."""
-    if settings.form != 'uncond':
-        settings.vae = dataclasses.asdict(config(1, preset=settings.preset))
+    """Exact parameter counts of VAE, U-Net, baseline and U-Net with z; the losses run."""
+    settings = config(2, preset=preset)
+    vae = dataclasses.asdict(config(1, preset=preset))
     with replaced({'linear_schedule': lambda: ALPHA_BAR}), torch.device('meta'):
-        return dv.build(settings, 3).to('meta')
+        model = dv.build(config(2, preset=preset, vae=vae), 3)
+        baseline = dv.build(config(2, preset=preset, form='uncond'), 3)
+        with_z = dv.build(config(2, preset=preset, z_cond=True, vae=vae), 3)
+    networks = model.vae, model.unet, baseline.unet, with_z.unet
+    assert tuple(map(count, networks)) == COUNTS[preset]
+    losses_on_meta(model.to('meta'), (2, 3, settings.size, settings.size))
 
 
-def run_on_meta(model, shape, samplers):
-    """The losses of both stages and a sampling call, with no tensor anywhere but on `meta`."""
+def losses_on_meta(model, shape):
+    """The losses of a model and of its VAE, with no tensor anywhere but on `meta`."""
     losses = []
     for stage in (model, model.vae):
         if stage is not None:
@@ -2048,22 +1725,19 @@ def run_on_meta(model, shape, samplers):
             random = {name: tensor.to('meta') for name, tensor in random.items()}
             losses.append(stage(torch.rand(shape, device='meta'), **random)['loss'])
             assert losses[-1].device.type == 'meta' and losses[-1].shape == ()
-    z = torch.randn(shape[0], model.z_dim, device='meta')
-    x_T = torch.randn(shape, device='meta')
-    for sampler in samplers:
-        _, refined = model.generate(z, x_T, lambda: torch.randn_like(x_T), steps=2, sampler=sampler)
-        assert refined.device.type == 'meta' and refined.shape == shape
-    return losses[0]
+    return losses
 
 
 @pytest.mark.parametrize('form, z_dim', [('1', 4), ('2', 0), ('uncond', 0)])
 def test_no_tensor_on_the_wrong_device(form, z_dim):
     """Every form, with z and without, with every sampler, entirely on `meta`."""
     model = tiny(form, z_dim).to('meta')
-    run_on_meta(model, (2, 1, 8, 8), dv.SAMPLERS).backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    torch.optim.Adam(trained).step()
-    assert all(p.grad.device.type == 'meta' for p in trained)
+    losses_on_meta(model, (2, 1, 8, 8))[0].backward()
+    z = torch.randn(2, model.z_dim, device='meta')
+    x_T = torch.randn(2, 1, 8, 8, device='meta')
+    for sampler in dv.SAMPLERS:
+        _, refined = model.generate(z, x_T, lambda: torch.randn_like(x_T), steps=2, sampler=sampler)
+        assert refined.device.type == 'meta' and refined.shape == x_T.shape
 
 
 def test_other_counts_of_the_paper():
@@ -2092,29 +1766,15 @@ def test_loss_of_stage_2_by_hand(form):
     eps = torch.randn(2, 1, 8, 8)
     eps_z = torch.randn(2, 4)
     alpha_bar = ALPHA_BAR[t].float().view(2, 1, 1, 1)
-    x_t = alpha_bar.sqrt() * (2 * x - 1) + (1 - alpha_bar).sqrt() * eps
-    x_in = x_t
+    x_in = x_t = Own.q_sample(2 * x - 1, alpha_bar, eps)
     if form != 'uncond':
         mu, logvar = model.vae.encode(x)
         x_hat = 2 * model.vae.decode(mu + (logvar / 2).exp() * eps_z) - 1
-        x_in = torch.cat([x_t + x_hat if form == '2' else x_t, x_hat], 1)
+        x_in = Own.network_input(x_t, x_hat, form)
     loss = model(x, t, eps_z, eps, torch.ones(2))['loss']
     (((shown, times, *_), answer),) = calls
     assert torch.allclose(shown, x_in, atol=1e-6) and torch.equal(times, t)
     assert torch.allclose(loss, (answer - eps).square().mean())
-
-
-def test_stage_2_leaves_the_vae_untouched():
-    """The VAE gets no gradient and keeps its weights."""
-    model = tiny('1').train()
-    before = {name: p.clone() for name, p in model.vae.state_dict().items()}
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for step in range(2):
-        random = model.random_inputs((4, 1, 8, 8), dv.make_generator(step))
-        model(torch.rand(4, 1, 8, 8), **random)['loss'].backward()
-        optimizer.step()
-    assert all(p.grad is None and not p.requires_grad for p in model.vae.parameters())
-    assert all(torch.equal(before[name], p) for name, p in model.vae.state_dict().items())
 
 
 def test_training_times_are_uniform():
@@ -2123,18 +1783,6 @@ def test_training_times_are_uniform():
     draws = [model.random_inputs((7, 1, 1, 1), dv.make_generator(i))['t'] for i in range(3000)]
     frequency = torch.bincount(torch.cat(draws), minlength=10) / (7 * 3000)
     assert len(frequency) == 10 and (frequency - 0.1).abs().max() < 0.006
-
-
-def test_each_image_is_generated_from_its_own_z():
-    """Neither batch mates nor the order matter: no statistic is taken over the batch."""
-    model = tiny('2', z_dim=4).eval()
-    z = torch.randn(3, 4)
-    x_T = torch.randn(3, 1, 8, 8)
-    how = dict(draw_noise=lambda: 0, steps=4, sampler='ddim')
-    together = model.generate(z, x_T, **how)
-    alone = model.generate(z[1:2], x_T[1:2], **how)
-    assert all(torch.allclose(a[1:2], b, atol=1e-5) for a, b in zip(together, alone))
-    assert not torch.equal(model.generate(z + 1, x_T, **how)[1], together[1])
 
 
 @pytest.mark.parametrize('form', ['1', '2'])
@@ -2199,71 +1847,55 @@ def test_shapes_repeat_and_their_factors_describe_them():
     radius = 0.95 * (0.27 + 0.08 * factors['size'][circle].double())
     assert torch.allclose(area, math.pi * (radius + 1 / 32) ** 2, rtol=0.15)  # its edge is soft
 
-
-def test_shapes_are_held_out_by_another_seed():
-    """No held-out shape is among those for training; a few are the first of all."""
+    # No held-out shape is among those for training; a few are the first of all.
     train = load_images('shapes')
-    held_out = load_images('shapes', train=False)
     known = {image.numpy().tobytes() for image in train.pixels}
-    assert not any(image.numpy().tobytes() in known for image in held_out.pixels[:100])
+    held_out = load_images('shapes', train=False).pixels[:100]
+    assert not any(image.numpy().tobytes() in known for image in held_out)
     few = load_images('shapes', num=5)
     assert torch.equal(few.pixels, train.pixels[:5]) and len(few.labels['hue']) == 5
 
 
-def mnist_files(root, name='MNIST', n=40):
-    """The four IDX files with n random images each, labels 0 ... 9 in turn."""
-    raw = root / name / 'raw'
-    raw.mkdir(parents=True)
-    for part, seed in (('train', 0), ('t10k', 1)):
-        pixels = torch.randint(256, (n, 28, 28), generator=torch.Generator().manual_seed(seed))
-        pixels[:, 0, 0] = torch.arange(n)
-        header = struct.pack('>4B3I', 0, 0, 8, 3, n, 28, 28)
-        (raw / f'{part}-images-idx3-ubyte').write_bytes(header + bytes(pixels.flatten().tolist()))
-        header = struct.pack('>4BI', 0, 0, 8, 1, n)
-        (raw / f'{part}-labels-idx1-ubyte').write_bytes(header + bytes(i % 10 for i in range(n)))
-    return root
+def test_digits_are_padded_to_32_and_in_random_order(tmp_path, monkeypatch):
+    """28x28 images get a black margin, red, green and blue stay what they are; labels follow; the
+    first few are no file's first few."""
+
+    def of_torchvision(root, train, download):
+        """A set of 40 images, the i-th of value i in red, and of digit i % 10."""
+        assert root == str(tmp_path) and train and download
+        pixels = torch.arange(40, dtype=torch.uint8)
+        if data != 'cifar10':
+            pixels = pixels[:, None, None].expand(-1, 28, 28)
+            return types.SimpleNamespace(data=pixels, targets=torch.arange(40) % 10)
+        red = pixels[:, None, None, None] * torch.tensor([1, 0, 0], dtype=torch.uint8)
+        red = red.repeat(1, 32, 32, 1).numpy()
+        red[:, 0] = 0  # the top row is black: height is not width
+        return types.SimpleNamespace(data=red, targets=[i % 10 for i in range(40)])
+
+    for data, name, label, margin in (
+        ('mnist', 'MNIST', 'digit', 2),
+        ('fashion', 'FashionMNIST', 'class', 2),
+        ('cifar10', 'CIFAR10', 'class', 0),
+    ):
+        monkeypatch.setattr(dv.datasets, name, of_torchvision)
+        images = load_images(data, tmp_path)
+        assert images.pixels.shape == (40, 3 if data == 'cifar10' else 1, 32, 32)
+        numbers = images.pixels[:, 0, 16, 16]
+        assert sorted(numbers.tolist()) == list(range(40)) != numbers.tolist()
+        assert torch.equal(images.labels[label], numbers % 10)
+        inner = torch.zeros(32, 32)
+        inner[max(1, margin) : 32 - margin, margin : 32 - margin] = 1
+        x = images.batch(slice(None))
+        assert torch.allclose(255 * x[:, 0], numbers[:, None, None] * inner) and not x[:, 1:].any()
+        assert torch.equal(load_images(data, tmp_path, num=3).pixels, images.pixels[:3])
+        with pytest.raises(dv.UserError, match='--size 64'):
+            load_images(data, tmp_path, size=64)
 
 
-@pytest.mark.parametrize(
-    'data, folder, label', [('mnist', 'MNIST', 'digit'), ('fashion', 'FashionMNIST', 'class')]
-)
-def test_digits_are_padded_to_32_and_in_random_order(tmp_path, data, folder, label):
-    """28x28 images get a black margin; labels follow; the first few are no file's first few."""
-    images = load_images(data, mnist_files(tmp_path, folder))
-    assert images.pixels.shape == (40, 1, 32, 32)
-    numbers = images.pixels[:, 0, 2, 2]
-    assert sorted(numbers.tolist()) == list(range(40)) and numbers[:5].tolist() != list(range(5))
-    assert torch.equal(images.labels[label], numbers % 10)
-    x = images.batch([0, 1])
-    x[:, :, 2:-2, 2:-2] = 0
-    assert not x.any()
-    assert torch.equal(load_images(data, tmp_path, num=3).pixels, images.pixels[:3])
-    with pytest.raises(dv.UserError, match='--size 64'):
-        load_images(data, tmp_path, size=64)
-
-
-def test_cifar10_keeps_its_channels(tmp_path, monkeypatch):
-    """A file's red, green and blue planes stay red, green and blue; five files are for training."""
-    from torchvision.datasets import CIFAR10
-
-    monkeypatch.setattr(CIFAR10, '_check_integrity', lambda self: True)
-    monkeypatch.setattr(CIFAR10, '_load_meta', lambda self: None)
-    folder = tmp_path / 'cifar-10-batches-py'
-    folder.mkdir()
-    red_then_green = bytes([200] * 1024 + [100] * 1024 + [0] * 1024)
-    for name in [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']:
-        data = np.frombuffer(red_then_green, dtype=np.uint8)[None]
-        (folder / name).write_bytes(pickle.dumps(dict(data=data, labels=[7])))
-
-    images = load_images('cifar10', tmp_path)
-    assert images.pixels.shape == (5, 3, 32, 32) and images.labels['class'].tolist() == [7] * 5
-    assert (255 * images.batch([0]).mean((2, 3))).round().tolist() == [[200, 100, 0]]
-
-
-def picture(path, colour=(255, 0, 0), size=(32, 32), mode='RGB'):
+def picture(path, colour=(255, 0, 0), size=(32, 32)):
     """A file with an image of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new('RGB', size, colour).convert(mode).save(path)
+    Image.new('RGB', size, colour).save(path)
 
 
 def of_values(values, mode):
@@ -2272,20 +1904,29 @@ def of_values(values, mode):
     return Image.fromarray(np.array([values], dtype=kinds[mode]))
 
 
-def with_alpha(mode, hidden, alpha):
-    """A picture of one colour that is hidden by its alpha channel."""
-    picture = Image.new('RGBA', (4, 4), (*hidden, alpha))
-    return picture.convert(mode)
+def of_palette(transparent):
+    """A picture of two equal pixels in a palette of red, which may be transparent, and blue."""
+    picture = Image.new('P', (2, 1), 0)
+    picture.putpalette([255, 0, 0, 0, 0, 255])
+    if transparent:
+        picture.info['transparency'] = 0
+    return picture
 
 
 PIXELS = {  # a name: (the picture, the suffix of its file, its pixel in the middle)
     'black and white': (Image.new('1', (2, 1), 1), 'png', 255),
     'grey': (Image.new('L', (2, 1), 77), 'png', 77),
-    'grey, transparent': (with_alpha('LA', (9, 9, 9), 0), 'png', 255),
-    'grey, half transparent': (with_alpha('LA', (100, 100, 100), 51), 'png', 224),
-    'colour, transparent': (with_alpha('RGBA', (200, 0, 0), 0), 'png', (255, 255, 255)),
-    '40% of red on white': (with_alpha('RGBA', (200, 0, 0), 102), 'tiff', (233, 153, 153)),
+    'grey, transparent': (Image.new('RGBA', (4, 4), (9, 9, 9, 0)).convert('LA'), 'png', 255),
+    'grey, half transparent': (
+        Image.new('RGBA', (4, 4), (100, 100, 100, 51)).convert('LA'),
+        'png',
+        224,
+    ),
+    'colour, transparent': (Image.new('RGBA', (4, 4), (200, 0, 0, 0)), 'png', (255, 255, 255)),
+    '40% of red on white': (Image.new('RGBA', (4, 4), (200, 0, 0, 102)), 'tiff', (233, 153, 153)),
     'colour': (Image.new('RGB', (2, 1), (1, 2, 3)), 'bmp', (1, 2, 3)),
+    'palette': (of_palette(False), 'gif', (255, 0, 0)),
+    'palette, transparent': (of_palette(True), 'gif', 255),
     'inks': (Image.new('CMYK', (2, 1), (255, 0, 0, 0)), 'tiff', (0, 255, 255)),
     '16 bits': (of_values([0, 0x8080, 0xFFFF], 'I;16'), 'png', 128),
     '16 bits, dark': (of_values([0, 257, 514], 'I;16'), 'png', 1),
@@ -2305,24 +1946,12 @@ def test_pixels_of_every_mode(tmp_path, name):
     assert (found[:, 12, 12] - torch.tensor(pixel).expand(3)).abs().max() <= 1
 
 
-def test_transparent_entry_of_a_palette_is_white_and_floats_are_left_out(tmp_path):
-    """A GIF of two pixels, one of them transparent, which is red; floats have no known white."""
-    palette = Image.new('P', (2, 1))
-    palette.putpalette([255, 0, 0, 0, 0, 255])
-    palette.putdata([0, 1])
-    palette.save(tmp_path / 'x.gif', transparency=0)
-    found = dv.read_picture(tmp_path / 'x.gif', 2, crop=False)[:, 0].T.tolist()
-    assert found == [[255, 255, 255], [0, 0, 255]]
-    of_values([0.0, 1.0], 'F').save(tmp_path / 'x.tiff')
-    with pytest.raises(ValueError, match='floats'):
-        dv.read_picture(tmp_path / 'x.tiff', 8, crop=True)
-
-
 def test_photographs_are_turned_upright_cropped_and_decoded_small(tmp_path, monkeypatch):
     """EXIF's orientation is obeyed; a JPEG is decoded at a fraction of its size; the middle
     square of a wide picture stays."""
-    photograph = Image.new('RGB', (1600, 1200), (200, 30, 30))
-    photograph.paste((30, 30, 200), (0, 0, 800, 1200))  # the left half is blue
+    photograph = Image.new('RGB', (1600, 1200), (255, 255, 255))
+    photograph.paste((200, 30, 30), (200, 0, 1400, 1200))  # the middle square is red
+    photograph.paste((30, 30, 200), (200, 0, 800, 1200))  # and its left half blue
     exif = photograph.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees: left comes to the top
     photograph.save(tmp_path / 'x.jpg', exif=exif, quality=95)
@@ -2337,13 +1966,8 @@ def test_photographs_are_turned_upright_cropped_and_decoded_small(tmp_path, monk
     monkeypatch.setattr(dv.ImageOps, 'exif_transpose', recorded)
     found = dv.read_picture(tmp_path / 'x.jpg', 32, crop=True).float()
     assert sizes == [(200, 150)]
-    for y, colour in ((4, (30, 30, 200)), (28, (200, 30, 30))):
+    for y, colour in ((2, (30, 30, 200)), (29, (200, 30, 30))):
         assert (found[:, y, 16] - torch.tensor(colour)).abs().max() < 6
-
-    wide = Image.new('RGB', (96, 32), (0, 0, 255))
-    wide.paste((255, 255, 255), (32, 0, 64, 32))
-    wide.save(tmp_path / 'wide.png')
-    assert dv.read_picture(tmp_path / 'wide.png', 32, crop=True)[..., 2:-2].min() > 240
 
 
 def reds(folder, size=16):
@@ -2370,12 +1994,14 @@ def test_every_picture_of_a_folder_is_found_once(tmp_path):
 
 
 def test_unreadable_files_are_counted_in_one_line_and_left_out(tmp_path, capsys):
-    """60 pictures and 300 truncated ones are 60 images; the messages keep no picture alive."""
+    """60 pictures and 300 truncated ones are 60 images; floats, of which nothing says what is
+    white, are no pictures either."""
     for i in range(60):
         picture(tmp_path / f'{i}.png', colour=(4 * i, 0, 0))
     whole = (tmp_path / '0.png').read_bytes()
-    for i in range(300):
+    for i in range(299):
         (tmp_path / f'broken{i}.png').write_bytes(whole[:-30])
+    of_values([0.0, 1.0], 'F').save(tmp_path / 'floats.tiff')
     found, held_out = reds(tmp_path)
     assert found == [4 * i for i in range(60)] and held_out >= 1
     errors = capsys.readouterr().err.splitlines()
@@ -2385,22 +2011,20 @@ def test_unreadable_files_are_counted_in_one_line_and_left_out(tmp_path, capsys)
 
 def test_what_is_wrong_with_a_folder(tmp_path, monkeypatch):
     """Missing, one picture, all broken, too many for the memory: each its own message."""
-    picture(tmp_path / 'one' / 'a.png')
-    (tmp_path / 'broken').mkdir()
-    for name in ('a.png', 'b.png'):
-        picture(tmp_path / 'two' / name)
-        (tmp_path / 'broken' / name).write_bytes(b'junk')
-    said = {
-        'missing': 'no such folder, and not one of shapes',
-        'one': 'needs at least 2 pictures, has 1',
-        'broken': '1 of 1 pictures cannot be read',
-    }
-    for name, message in said.items():
-        with pytest.raises(dv.UserError, match=message):
-            load_images(tmp_path / name, size=16)
-    monkeypatch.setattr(os, 'sysconf', lambda name: 10)
-    with pytest.raises(dv.UserError, match='of 1 pictures 0 fit into the memory'):
-        load_images(tmp_path / 'two', size=16)
+    for i, named in enumerate(
+        (
+            'no such folder, and not one of shapes',
+            'needs at least 2 pictures, has 1',
+            '1 of 1 pictures cannot be read',
+            'of 2 pictures 0 fit into the memory',
+        )
+    ):
+        if i == 3:
+            monkeypatch.setattr(os, 'sysconf', lambda name: 10)
+        with pytest.raises(dv.UserError, match=named):
+            load_images(tmp_path / 'data', size=16)
+        (tmp_path / 'data').mkdir(exist_ok=True)
+        (tmp_path / 'data' / f'{i}.png').write_bytes(b'junk')
 
 
 def test_folder_held_out_images_stay_held_out(tmp_path):
@@ -2408,18 +2032,17 @@ def test_folder_held_out_images_stay_held_out(tmp_path):
     colours = [(i, j, 0) for i in range(0, 250, 10) for j in range(0, 240, 20)]
     for i, colour in enumerate(colours):
         picture(tmp_path / 'one' / f'{i}.png', colour, (8, 8))
-    shutil.copytree(tmp_path / 'one', tmp_path / 'two')
-    for i in range(20):
-        picture(tmp_path / 'two' / f'new{i}.png', (0, 0, 255), (8, 8))
 
     def colour_set(folder, train):
         images = load_images(folder, size=16, train=train)
         return {tuple(image[:, 0, 0].tolist()) for image in images.pixels}
 
     held_out = colour_set(tmp_path / 'one', False)
-    assert not held_out & colour_set(tmp_path / 'one', True)
+    assert 5 <= len(held_out) <= 30 and not held_out & colour_set(tmp_path / 'one', True)
+    (tmp_path / 'one').rename(tmp_path / 'two')
+    for i in range(20):
+        picture(tmp_path / 'two' / f'new{i}.png', (0, 0, 255), (8, 8))
     assert held_out <= colour_set(tmp_path / 'two', False)
-    assert 5 <= len(held_out) <= 30
 
 
 def test_grey_pictures_have_one_channel_and_fit_a_model_of_three(tmp_path):
@@ -2460,24 +2083,22 @@ def test_a_file_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('terminal', [False, True])
-def test_progress_is_one_line(monkeypatch, terminal):
+def test_progress_is_one_line(monkeypatch, capsys, terminal):
     """On a terminal it is rewritten, and never wider; elsewhere a line every ten seconds."""
-    out = io.StringIO()
-    out.isatty = lambda: terminal
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(dv, 'time', clock)
-    monkeypatch.setattr(sys, 'stdout', out)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
     monkeypatch.setenv('COLUMNS', '40')
     progress = dv.Progress()
     for second in range(1, 25):
         clock.now = second
         progress.show(f'{second} ' + 60 * 'x')
     progress.show('done', end=True)
-    lines = out.getvalue().splitlines()
+    out = capsys.readouterr().out
     if terminal:
-        assert out.getvalue().count('\n') == 1 and max(map(len, lines)) == 39 + len('\x1b[K')
+        assert out.count('\n') == 1 and max(map(len, out.splitlines())) == 39 + len('\x1b[K')
     else:
-        assert [line.split()[0] for line in lines] == ['1', '11', '21', 'done']
+        assert [line.split()[0] for line in out.splitlines()] == ['1', '11', '21', 'done']
 
 
 # ---- 6. Settings ---------------------------------------------------------------------------------
@@ -2485,16 +2106,17 @@ def test_progress_is_one_line(monkeypatch, terminal):
 
 def test_preset_settings():
     """The numbers of the paper's training, as section 4 of the brief gives them."""
-    c = config(2, preset='cifar10')
-    assert (c.lr, c.warmup, c.clip, c.ema, c.flip) == (2e-4, 5000, 1.0, 0.9999, True)
-    assert (c.batch, c.heads, c.dropout, c.steps) == (256, 8, 0.3, 556_640)
-    c = config(1, preset='cifar10')
-    assert (c.lr, c.batch, c.steps, c.flip) == (1e-4, 128, 195_312, False)
-    assert (c.ema, c.clip, c.kl_weight, c.z_dim) == (0, math.inf, 1.0, 512)
-    c = config(2, preset='celebahq256')
-    assert (c.lr, c.dropout, c.batch, c.size, c.steps) == (2e-5, 0.1, 64, 256, 468_750)
-    assert config(1, preset='celeba64').steps == 311_551  # batches over all GPUs
-    assert config(1, preset='celebahq128').flip and not config(1, preset='celeba64').flip
+    cifar10 = dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, flip=True, batch=256, heads=8)
+    vae = dict(lr=1e-4, clip=math.inf, ema=0, flip=False, batch=128, kl_weight=1.0, z_dim=512)
+    for preset, stage, expected in (
+        ('cifar10', 2, cifar10 | dict(dropout=0.3, steps=556_640)),
+        ('cifar10', 1, vae | dict(steps=195_312)),
+        ('celeba64', 1, vae | dict(steps=311_551)),
+        ('celebahq128', 1, dict(flip=True, z_dim=1024)),
+        ('celebahq256', 2, dict(lr=2e-5, dropout=0.1, batch=64, size=256, steps=468_750)),
+    ):
+        found = dataclasses.asdict(config(stage, preset=preset))
+        assert {name: found[name] for name in expected} == expected
     assert config(2, preset='cifar10', channels=160, blocks=3).channels == 160
 
 
@@ -2512,21 +2134,20 @@ def test_an_option_exists_only_where_it_is_used(capsys):
     unrecognized. At most 40 different ones."""
     names = set()
     for command, known, unknown in (
-        (['train', '--stage', '1'], ['--z-dim Z', 'weight of the KL (default 0.1)'], '--channels'),
-        (['train', '--stage', '2'], ['--cond-drop', '--heads', '(default 2000)'], '--kl-weight'),
-        (['train', '--stage', '2', '--form', 'uncond'], ['--heads'], '--z-cond'),
-        (['sample'], ['--gmm', '--png', '(default runs/shapes)'], '--attribute'),
-        (['reconstruct'], ['--num', '(default 8)'], '--gmm'),
-        (['chain'], ['--steps', '(default 50)'], '--num'),
-        (['edit'], ['--attribute'], '--png'),
-        (['evaluate'], ['--seeds', '(default 5,10,25)', '(default 500)'], '--png'),
+        ('train --stage 1', ['--z-dim Z', 'weight of the KL (default 0.1)'], '--channels'),
+        ('train --stage 2', ['--cond-drop', '--heads', '(default 2000)'], '--kl-weight'),
+        ('train --stage 2 --form uncond', ['--heads'], '--z-cond'),
+        ('sample', ['--gmm', '--png', '(default runs/shapes)'], '--attribute'),
+        ('chain', ['--steps', '(default 50)'], '--num'),
+        ('edit', ['--attribute', '(default 8)'], '--gmm'),
+        ('evaluate', ['--seeds', '(default 5,10,25)', '(default 500)'], '--png'),
     ):
         with pytest.raises(SystemExit):
-            run(*command, '--help')
+            run(*command.split(), '--help')
         text = ' '.join(capsys.readouterr().out.split())
         assert all(name in text for name in known) and unknown not in text, command
         names |= set(re.findall(r'--[a-z][a-z-]*', text))
-        assert run(*command, unknown, 1) == 2
+        assert run(*command.split(), unknown, 1) == 2
         assert f'unrecognized arguments: {unknown}' in capsys.readouterr().err
     assert len(names - {'--help', '--no-flip', '--no-z-cond', '--no-png'}) <= 40
 
@@ -2560,17 +2181,12 @@ def trained(tmp_path_factory):
 def contents(path):
     """Everything of a checkpoint that must not depend on interruptions, by its place in it."""
     saved = torch.load(path, weights_only=True)
-    values = {}
-
-    def walk(place, value):
-        if isinstance(value, dict):
-            for key in value:
-                walk(f'{place}/{key}', value[key])
-        else:
-            values[place] = value.numpy().tobytes() if torch.is_tensor(value) else value
-
-    for part in ('model', 'ema', 'optimizer', 'step'):
-        walk(part, saved[part])
+    optimizer = saved['optimizer']
+    values = {'step': saved['step'], 'groups': optimizer['param_groups']}
+    parts = {'model': saved['model'], 'ema': saved['ema'], **optimizer['state']}
+    for part, tensors in parts.items():
+        for name, value in tensors.items():
+            values[part, name] = value.numpy().tobytes()
     return values
 
 
@@ -2588,22 +2204,9 @@ def test_training_writes_checkpoint_and_picture(trained):
     assert saved['settings']['form'] == '2' and dv.same_images(saved['images'], first['images'])
 
 
-def test_resumed_training_is_bit_identical(trained, tmp_path):
-    """20 steps at once, and 10 + 10 with dropout, mirroring, EMA and clipping on."""
-    for name, parts in (('whole', [20]), ('parts', [10, 20])):
-        (tmp_path / name).mkdir()
-        shutil.copy(trained / 'stage1.pt', tmp_path / name)
-        for steps in parts:
-            command = ['train', '--stage', 2, '--out', tmp_path / name, '--steps', steps]
-            assert run(*command, *SMALL, '--dropout', 0.3, '--flip') == 0
-    name = 'stage2-form1.pt'
-    assert contents(tmp_path / 'whole' / name) == contents(tmp_path / 'parts' / name)
-
-
-def test_ctrl_c_says_how_to_go_on_and_changes_nothing(tmp_path, capsys, monkeypatch):
-    """An interruption in step 13 of 30: exit code 130; the resumed run equals the whole one."""
-    command = ['train', '--stage', 1, '--steps', 30, *FEW, '--ema', 0.9, '--save-every', 0]
-    assert run(*command, '--out', tmp_path / 'whole') == 0
+def test_resumed_training_is_bit_identical(trained, tmp_path, monkeypatch, capsys):
+    """20 steps at once, and 10 + 10 after a Ctrl-C in step 13, which says how to go on: with
+    dropout, mirroring, EMA and clipping on."""
     training_inputs = dv.training_inputs
 
     def interrupted(model, images, settings, step, device):
@@ -2611,57 +2214,44 @@ def test_ctrl_c_says_how_to_go_on_and_changes_nothing(tmp_path, capsys, monkeypa
             raise KeyboardInterrupt
         return training_inputs(model, images, settings, step, device)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(dv, 'training_inputs', interrupted)
-        assert run(*command, '--out', tmp_path / 'parts') == 130
-    assert 'the same command goes on' in capsys.readouterr().err
-    assert torch.load(tmp_path / 'parts/stage1.pt', weights_only=True)['step'] == 10
-    assert run(*command, '--out', tmp_path / 'parts') == 0
-    assert contents(tmp_path / 'whole/stage1.pt') == contents(tmp_path / 'parts/stage1.pt')
+    command = ['train', '--stage', 2, '--steps', 20, *SMALL, '--dropout', 0.3, '--flip']
+    for name in ('whole', 'parts'):
+        path = tmp_path / name / 'stage2-form1.pt'
+        path.parent.mkdir()
+        shutil.copy(trained / 'stage1.pt', path.parent)
+        if name == 'parts':
+            with monkeypatch.context() as patch:
+                patch.setattr(dv, 'training_inputs', interrupted)
+                assert run(*command, '--out', path.parent, '--save-every', 0) == 130
+            assert 'the same command goes on' in capsys.readouterr().err
+            assert torch.load(path, weights_only=True)['step'] == 10
+        assert run(*command, '--out', path.parent) == 0
+    assert contents(path) == contents(tmp_path / 'whole' / path.name)
 
 
 def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
     """Noise of the module and of dropout: a function of (seed, step) alone, of dropout of the
-    process, too."""
-    random_inputs = dv.VAE.random_inputs
+    process, too. (What a step leaves in a buffer, which no gradient moves, is averaged, too.)"""
     forward = dv.VAE.forward
     drawn = []
 
-    def recorded_inputs(self, shape, generator):
-        inputs = random_inputs(self, shape, generator)
-        drawn.append(inputs['eps_z'].sum().item())
-        return inputs
-
-    def recorded_forward(self, *args, **inputs):
+    def recorded_forward(self, x, eps_z):
+        drawn.append(eps_z.sum().item())
         drawn.append(torch.rand(1).item())  # as dropout would draw
-        return forward(self, *args, **inputs)
+        self.mean_colour.fill_(drawn[-1])
+        return forward(self, x, eps_z)
 
-    monkeypatch.setattr(dv.VAE, 'random_inputs', recorded_inputs)
     monkeypatch.setattr(dv.VAE, 'forward', recorded_forward)
     for i, seed in enumerate((0, 0, 1)):
         command = ['train', '--stage', 1, '--steps', 3, '--seed', seed, '--out', tmp_path / str(i)]
         assert run(*command, *FEW) == 0
     assert len(drawn) == 18 and drawn[:6] == drawn[6:12] and len(set(drawn)) == 12
     assert dv.seed_of(0, 'dropout', 3, 0) != dv.seed_of(0, 'dropout', 3, 1)
+    averaged = torch.load(tmp_path / '2/stage1.pt', weights_only=True)['ema']
+    assert averaged['mean_colour'].unique().item() == pytest.approx(drawn[-1])
 
 
-def test_averages_cover_buffers(trained, tmp_path, monkeypatch):
-    """The statistics of a batch norm, which no gradient moves, arrive in the averaged weights."""
-    build = dv.build
-
-    def with_batch_norm(settings, *rest):
-        vae = build(settings, *rest)
-        vae.stem = nn.Sequential(vae.stem, nn.BatchNorm2d(4))
-        return vae
-
-    monkeypatch.setattr(dv, 'build', with_batch_norm)
-    assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 2, *FEW) == 0
-    saved = torch.load(tmp_path / 'stage1.pt', weights_only=True)
-    assert saved['ema']['stem.1.running_mean'].any()
-    assert torch.equal(saved['ema']['stem.1.running_mean'], saved['model']['stem.1.running_mean'])
-
-
-@pytest.mark.parametrize('mean', [(0.95, 0.95, 0.95), (0.02, 0.02, 0.02), (0.9, 0.05, 0.2)])
+@pytest.mark.parametrize('mean', [(0.95, 0.95, 0.95), (0.9, 0.02, 0.2)])
 def test_no_set_of_images_kills_the_vae_at_the_start(mean):
     """The decoder starts at the mean colour: from 0.5 the last sigmoid would be driven flat."""
     pixels = torch.tensor(mean).view(1, 3, 1, 1) + 0.02 * torch.randn(30, 3, 32, 32)
@@ -2681,10 +2271,14 @@ def test_no_set_of_images_kills_the_vae_at_the_start(mean):
 def test_a_run_that_cannot_become_good_says_so(tmp_path, capsys, monkeypatch):
     """A code that carries nothing is a warning at step 300; a loss or gradient that is not finite
     ends the run, and the last checkpoint stays."""
-    for step, kl, warned in ((290, 0.001, False), (300, 0.001, True), (300, 9.0, False)):
-        dv.check_losses({'loss': 90.0, 'kl': kl}, 1.0, step)
+    for step, losses, warned in (
+        (290, {'loss': 90.0, 'kl': 0.001}, False),
+        (300, {'loss': 90.0, 'kl': 0.001}, True),
+        (300, {'loss': 90.0, 'kl': 9.0}, False),
+        (300, {'loss': 0.5}, False),  # stage 2 has no code of its own
+    ):
+        dv.check_losses(losses, 1.0, step)
         assert ('the code carries nothing (KL 0.001' in capsys.readouterr().err) == warned
-    dv.check_losses({'loss': 0.5}, 1.0, 300)  # stage 2 has no code of its own
     with pytest.raises(dv.UserError, match='gradient'):
         dv.check_losses({'loss': 0.5}, math.inf, 10)
 
@@ -2693,9 +2287,7 @@ def test_a_run_that_cannot_become_good_says_so(tmp_path, capsys, monkeypatch):
     before = (tmp_path / 'stage1.pt').read_bytes()
     loss = dv.negative_elbo
     monkeypatch.setattr(dv, 'negative_elbo', lambda *args: [math.nan * x for x in loss(*args)])
-    assert run(*command, '--steps', 40) == 2
-    error = capsys.readouterr().err
-    assert 'steps up to 20' in error and '--lr' in error and error.count('\n') == 1
+    assert run(*command, '--steps', 40) == 2 and 'steps up to 20' in capsys.readouterr().err
     assert (tmp_path / 'stage1.pt').read_bytes() == before
 
 
@@ -2759,20 +2351,16 @@ def test_a_run_does_not_train_on_its_own_pictures(tmp_path, capsys):
     assert len(list((tmp_path / 'data').rglob('*.p*'))) == 3
 
 
-def test_training_images_are_mirrored_left_to_right(tmp_path):
+def test_training_images_are_mirrored_left_to_right():
     """With --flip half of a batch's images are mirrored, each as a whole; else none."""
-    pixels = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    pixels[:, 0, :20, :16] = 255
+    pixels = torch.arange(3 * 32 * 32).view(1, 3, 32, 32).byte()
     images = dv.Images(pixels, {})
-    left = pixels[0] / 255
-    right = left.flip(2)
-    model = tiny('uncond')
-    for flip in (True, False):
+    for flip, fewest, most in ((True, 9, 23), (False, 0, 0)):
         settings = config(2, form='uncond', flip=flip)
-        x = dv.training_inputs(model, images, settings, 0, torch.device('cpu'))['x']
-        mirrored = [torch.equal(image, right) for image in x]
-        assert all(torch.equal(image, right if m else left) for image, m in zip(x, mirrored))
-        assert (8 < sum(mirrored) < 24) == flip and any(mirrored) == flip
+        x = dv.training_inputs(tiny('uncond'), images, settings, 0, torch.device('cpu'))['x']
+        mirrored = [torch.equal(image, pixels[0].flip(2) / 255) for image in x]
+        assert fewest <= sum(mirrored) <= most
+        assert sum(torch.equal(image, pixels[0] / 255) for image in x) == 32 - sum(mirrored)
 
 
 def test_a_kill_loses_save_every_seconds_and_ten_steps_at_most(tmp_path, monkeypatch):
@@ -2799,25 +2387,6 @@ def test_a_kill_loses_save_every_seconds_and_ten_steps_at_most(tmp_path, monkeyp
     monkeypatch.setattr(dv, 'time', clock)
     assert run('train', '--stage', 1, '--out', tmp_path, '--steps', 70, *FEW) == 0
     assert written == [30, '.png', 60, '.png', 70, '.png']
-
-
-@pytest.mark.skipif(os.name != 'posix', reason='a limit of file sizes stands for a full disk')
-def test_full_disk_loses_nothing(trained, tmp_path, capsys):
-    """A checkpoint that cannot be written leaves the one before, and no part of itself."""
-    import resource
-
-    path = tmp_path / 'stage1.pt'
-    shutil.copy(trained / 'stage1.pt', path)
-    before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        code = run('train', '--stage', 1, '--out', tmp_path, '--steps', 20)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    error = capsys.readouterr().err
-    assert code == 2 and error.startswith('error: ') and error.count('\n') == 1
-    assert path.read_bytes() == before and not [*tmp_path.rglob('*.part*')]
 
 
 @pytest.mark.parametrize('rank', [0, 1])
@@ -2860,7 +2429,6 @@ def test_a_trained_model_in_a_notebook(trained, tmp_path):
     model = dv.load(trained, form='2')
     x = model.images(train=False).batch(slice(66))
     z, _ = model.encode(x)
-    assert torch.allclose(z, model.model.vae.encode(x)[0], atol=1e-6)
     drafts, refined = model.generate(z=z, steps=2)
     assert torch.allclose(drafts, model.decode(z), atol=1e-6) and len(refined) == 66
     same = model.generate(z=z[:1].expand(2, -1), steps=2, sampler='ddpm-large')[1]
@@ -2869,59 +2437,48 @@ def test_a_trained_model_in_a_notebook(trained, tmp_path):
     assert torch.equal(again, drafts[:3]) and torch.allclose(of_drafts, refined[:3], atol=1e-4)
     assert not torch.equal(model.generate(2, steps=2, seed=1)[1], model.generate(2, steps=2)[1])
 
-    moved = dv.load(shutil.copytree(trained, tmp_path / 'moved'), form='2')
-    assert torch.equal(moved.generate(z=z[:3], steps=2)[0], drafts[:3])
-    vae = dv.load(trained, form=None)  # stage 1 alone
+    vae = dv.load(shutil.copytree(trained, tmp_path / 'moved'), form=None)  # stage 1 alone
     assert torch.allclose(vae.decode(vae.encode(x[:3])[0]), drafts[:3], atol=1e-6)
-
     baseline = dv.load(trained, form='uncond')
     assert baseline.generate(2, steps=1)[0] is None
     for wrong, named in (
         (lambda: baseline.encode(x), 'no codes'),
-        (lambda: model.generate(2, steps=1001), '--steps'),
         (lambda: model.generate(2, guidance=1.0), '--cond-drop'),
-        (lambda: dv.load(tmp_path / 'missing'), 'missing'),
         (lambda: dv.load(tmp_path, form='2'), 'stage2-form2.pt'),
     ):
         with pytest.raises(dv.UserError, match=named):
             wrong()
-    with pytest.raises(TypeError, match='magic'):
-        model.generate(2, magic=1)
-
-
-def cells(path, rows, columns):
-    """The images of a picture with margins: [rows][columns] arrays of 64x64 pixels."""
-    sheet = np.asarray(Image.open(path)).astype(int)
-    top = sheet.shape[0] - 2 * (33 * rows + 1)
-    images = []
-    for i in range(rows):
-        y = top + 2 * (1 + 33 * i)
-        lefts = [64 + 2 * (1 + 33 * j) for j in range(columns)]
-        images.append([sheet[y : y + 64, x : x + 64] for x in lefts])
-    return images
-
-
-def near(a, b):
-    """Whether two pictures agree but for rounding."""
-    return abs(a - b).max() <= 1
 
 
 def test_sample_draws_the_averaged_weights_drafts_above_refined_images(trained):
-    """Rows of drafts and of refined images in turn, 16 a row, doubled in size."""
+    """Rows of drafts and of refined images in turn, 16 a row, doubled in size, behind a margin."""
     assert run('sample', '--out', trained, '--form', '2', '--steps', 2, '--num', 20) == 0
-    path = trained / 'samples-form2.png'
-    with Image.open(path) as grid:
-        assert grid.size == (64 + 2 * (16 * 33 + 1), 2 * (4 * 33 + 1))
-    saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
+    sheet = np.asarray(Image.open(trained / 'samples-form2.png'))
+    assert sheet.shape == (2 * (4 * 33 + 1), 64 + 2 * (16 * 33 + 1), 3)
     model = dv.load(trained, form='2')
+    saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
     model.model.load_state_dict(saved['ema'])
     drafts, refined = model.generate(20, steps=2)
-    shown = cells(path, 4, 16)
     for row, images, i in ((0, drafts, 5), (1, refined, 5), (2, drafts, 18), (3, refined, 18)):
-        pixels = dv.to_uint8(images[i]).permute(1, 2, 0).numpy().astype(int)
-        assert near(shown[row][i % 16][::2, ::2], pixels)
+        y = 2 * (1 + 33 * row)
+        x = 64 + 2 * (1 + 33 * (i % 16))
+        shown = torch.tensor(sheet[y : y + 64 : 2, x : x + 64 : 2]).permute(2, 0, 1)
+        assert (shown - 255 * images[i]).abs().max() < 1
     x = torch.tensor([0.999, 0.5, 1.7, -1.0])
     assert dv.to_uint8(x).tolist() == [255, 128, 255, 0]  # rounded, not truncated
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """{name: (labels, rows [n, C, H, W], columns)} of the pictures that commands draw."""
+    pictures = {}
+
+    def remember(self, name, rows, columns=()):
+        labels, images = zip(*rows)
+        pictures[name] = labels, images, columns
+
+    monkeypatch.setattr(dv.Trained, 'write_picture', remember)
+    return pictures
 
 
 def test_png_folder_says_what_it_holds_and_is_restartable(trained):
@@ -2944,160 +2501,119 @@ def test_png_folder_says_what_it_holds_and_is_restartable(trained):
 # ---- 9. What z controls --------------------------------------------------------------------------
 
 
-def test_interpolation_starts_and_ends_at_the_reconstructions(trained, monkeypatch):
-    """Both ends are the reconstructions of the two images; the last row ends at another noise."""
+def test_interpolation_starts_and_ends_at_the_reconstructions(trained, shown):
+    """From the reconstruction of one image to another's, codes on the arc; the last row goes from
+    the first one's noise to another, in every step."""
     how = ['--out', trained, '--steps', 2]
     assert run('reconstruct', *how, '--num', 2) == 0
-    paint = dv.Trained.paint
-    seen = []
-
-    def recorded_paint(self, options, z, *rest, **more):
-        seen.append(z)
-        return paint(self, options, z, *rest, **more)
-
-    monkeypatch.setattr(dv.Trained, 'paint', recorded_paint)
     assert run('interpolate', *how, '--num', 5) == 0
-    image, draft, refined = cells(trained / 'reconstruct-form1.png', 3, 2)
-    drafts, between, other = cells(trained / 'interpolate-form1.png', 3, 5)
-    assert near(drafts[0], draft[0]) and near(drafts[4], draft[1])
-    assert near(between[0], refined[0]) and near(between[4], refined[1])
-    assert near(other[0], between[0]) and not near(other[4], between[4])
-    held_out = load_images('shapes', train=False)
-    assert near(image[0][::2, ::2], held_out.pixels[0].permute(1, 2, 0).numpy().astype(int))
+    _, (images, draft, refined), _ = shown['reconstruct']
+    _, (drafts, between, other), _ = shown['interpolate']
+    assert torch.equal(images, load_images('shapes', train=False).batch([0, 1]))
+    near = partial(torch.allclose, atol=1e-5)
+    assert near(drafts[[0, 4]], draft) and near(between[[0, 4]], refined)
 
-    # The codes: from one image's to the other's, on the arc; then the first image's throughout.
     model = dv.load(trained)
-    mu, _ = model.encode(held_out.batch([0, 1]))
-    codes, same = seen
-    assert torch.allclose(codes[[0, 4]], mu, atol=1e-5) and not torch.allclose(mu[0], mu[1])
-    assert torch.allclose(codes[2], Own.slerp(mu[0], mu[1], 0.5), atol=1e-5)
-    assert torch.allclose(same, mu[:1].expand(5, -1), atol=1e-5)
-
-    # The last column has the other noise in every step.
+    mu, _ = model.encode(images)
+    middle = model.decode(Own.slerp(mu[0], mu[1], 0.5)[None])
+    assert near(drafts[2:3], middle) and not near(draft[:1], middle)
     noise = partial(torch.randn, 1, 3, 32, 32, generator=dv.make_generator(0, 'other noise'))
-    _, last = paint(model, dv.SamplingOptions(**dv.SAMPLING | dict(steps=2)), mu[:1], noise)
-    assert near(other[4][::2, ::2], dv.to_uint8(last)[0].permute(1, 2, 0).numpy().astype(int))
+    _, last = model.paint(dv.SamplingOptions(**dv.SAMPLING | dict(steps=2)), mu[:1], noise)
+    assert near(other[[0, 4]], torch.cat([between[:1], last])) and not near(other[:1], last)
 
 
 @pytest.mark.parametrize('form', ['1', '2'])
-def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, monkeypatch, form):
+def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, shown, form):
     """Forward: one noise at the chain's times, then the draft; reverse: DDIM's steps by hand."""
-    written = {}
-
-    def remember(self, name, rows, columns):
-        written.update(rows=rows, columns=columns)
-
-    monkeypatch.setattr(dv.Trained, 'write_picture', remember)
     how = ['--out', trained, '--form', form, '--steps', 4, '--sampler', 'ddim']
     assert run('chain', *how) == 0
-    names = [name for name, _ in written['rows']]
-    rows = [2 * images.double() - 1 for _, images in written['rows']]
-    reverse = [f'form{form}', 'x_0_pred', 'uncond', 'x_0_pred']
-    assert names == ['forward 1', 'forward 2', 'draft', *reverse]
+    names, rows, columns = shown['chain']
+    reverse = (f'form{form}', 'x_0_pred', 'uncond', 'x_0_pred')
+    assert names == ('forward 1', 'forward 2', 'draft', *reverse)
 
     # Columns are times from 0 to 0.8 T: those of four quadratic steps, (i / 3)^2 800 + 1.
-    assert written['columns'] == ['0', '1', '90', '357', '801']
-    alpha_bar = torch.cat([torch.ones(1), ALPHA_BAR[[0, 89, 356, 800]]])
-    signal = alpha_bar.sqrt().view(-1, 1, 1, 1)
-    noise = (1 - signal**2) ** 0.5
+    assert columns == ['0', '1', '90', '357', '801']
+    alpha_bar = torch.cat([torch.ones(1), ALPHA_BAR[[0, 89, 356, 800]]]).view(-1, 1, 1, 1)
 
     # Forward: the image is at time 0, the noise is the same at all others, and N(0, I).
-    forward_1, forward_2, draft, *reverse = rows
-    image = load_images('shapes', train=False).batch([0])
-    assert torch.allclose(forward_1[:1], 2 * image.double() - 1, atol=1e-5)
-    eps = (forward_1 - signal * forward_1[0])[1:] / noise[1:]
-    assert torch.allclose(eps, eps[-1:].expand(4, -1, -1, -1), atol=1e-3)
+    forward_1, forward_2, draft, *reverse = [2 * images.double() - 1 for images in rows]
+    x_0 = 2 * load_images('shapes', train=False).batch([0]).double() - 1
+    eps = (forward_1 - alpha_bar**0.5 * x_0)[4] / (1 - alpha_bar[4]) ** 0.5
     assert 0.95 < eps.std() < 1.05
-    drift = forward_2 - forward_1
-    assert not drift[0].any()
-    assert torch.allclose(drift[1:], draft[-1:].expand(4, -1, -1, -1), atol=1e-5)
+    assert torch.allclose(forward_1, Own.q_sample(x_0, alpha_bar, eps), atol=1e-5)
+    drift = torch.cat([0 * draft[:1], draft[-1:].expand(4, -1, -1, -1)])
+    assert torch.allclose(forward_2 - forward_1, drift, atol=1e-5)
     assert len(draft) == 5 and (draft[:-1] == 1).all()
 
     # Reverse: from right to left each x_t is DDIM's step towards the estimate below it; the same
     # noise for both models; time 0 is the refined image.
     for x_t, x_0_pred in (reverse[:2], reverse[2:]):
-        eps = (x_t - signal * x_0_pred)[1:] / noise[1:]
-        step = signal[:-1] * x_0_pred[1:] + noise[:-1] * eps
+        step = Own.ddim_step(x_t[1:], x_0_pred[1:], alpha_bar[1:], alpha_bar[:-1], 0)
         assert torch.allclose(x_t[:-1], step, atol=1e-3)
         assert torch.equal(x_t[-1], reverse[0][-1])
         assert torch.equal(x_0_pred[0], x_t[0])
 
 
-def test_edit_moves_along_the_difference_of_mean_codes(trained, capsys, monkeypatch):
+def test_edit_moves_along_the_difference_of_mean_codes(trained, shown):
     """Codes move from -2 to 2 times the mean of circles minus that of all others."""
-    paint = dv.Trained.paint
-    seen = []
-
-    def recorded_paint(self, options, z, *rest, **more):
-        seen.append(z)
-        return paint(self, options, z, *rest, **more)
-
-    monkeypatch.setattr(dv.Trained, 'paint', recorded_paint)
-    how = ['--out', trained, '--steps', 1, '--num', 5]
-    assert run('edit', *how, '--attribute', 'kind=circle') == 0
+    command = ['edit', '--out', trained, '--steps', 1, '--num', 5, '--attribute', 'kind=circle']
+    assert run(*command) == 0
+    model = dv.load(trained)
     images = load_images('shapes')
-    mu, _ = dv.load(trained).encode(images.batch(slice(None)))
+    mu, _ = model.encode(images.batch(slice(None)))
     circle = images.labels['kind'] == 1
     direction = mu[circle].mean(0) - mu[~circle].mean(0)
-    assert len(seen) == 3
-    for z in seen:
-        assert torch.allclose(z[4] - z[0], 4 * direction, atol=1e-4)
-        assert torch.allclose(z[2], (z[0] + z[4]) / 2, atol=1e-5)
-
-    for attribute, named in (('colour=2', 'hue'), ('kind=blob', 'circle'), ('size>2', 'size>2')):
-        capsys.readouterr()
-        assert run('edit', *how, '--attribute', attribute) == 2
-        message = capsys.readouterr().err
-        assert named in message and message.count('\n') == 1
+    codes, _ = model.encode(load_images('shapes', train=False).batch([0, 1, 2]))
+    labels, rows, columns = shown['edit']
+    assert labels == ('draft', 'refined') * 3 and columns[::4] == ['-2.0', '+2.0']
+    for code, drafts in zip(codes, rows[::2]):
+        z = torch.stack([code + strength * direction for strength in (-2, -1, 0, 1, 2)])
+        assert torch.allclose(drafts, model.decode(z), atol=1e-5)
+        assert not torch.allclose(drafts[0], drafts[4], atol=1e-4)
 
 
 def test_attributes():
     """An attribute is a label's kind, a comparison with a number, or a name alone for 1."""
-    labels = {
-        'kind': torch.tensor([0, 1, 2, 0]),
-        'size': torch.tensor([0.1, 0.6, 0.7, 0.5]),
-        'Smiling': torch.tensor([0, 1, 1, 0]),
-    }
-
-    def has(text):
-        return dv.has_attribute(labels, text).tolist()
-
-    assert has('kind=circle') == [False, True, False, False]
-    assert has('size>0.5') == [False, True, True, False]
-    assert has('size<0.5') == [True, False, False, False]
-    assert has('Smiling') == [False, True, True, False]
+    kind = torch.tensor([0, 1, 2, 0])
+    size = torch.tensor([0.1, 0.6, 0.7, 0.5])
+    smiling = torch.tensor([0, 1, 1, 0])
+    labels = {'kind': kind, 'size': size, 'Smiling': smiling}
+    for text, expected in (
+        ('kind=circle', kind == 1),
+        ('size>0.5', size > 0.5),
+        ('size<0.5', size < 0.5),
+        ('Smiling', smiling == 1),
+    ):
+        assert torch.equal(dv.has_attribute(labels, text), expected)
     with pytest.raises(dv.UserError, match='no labels'):
         dv.has_attribute({}, 'kind=tall')
-    for unclear in ('colour', 'size>big', 'kind=wide\n', 'size>=0.5'):
+    for unclear in ('colour', 'size>big', 'kind=wide\n', 'size>=0.5', 'kind=blob', 'size>2'):
         with pytest.raises(dv.UserError, match=unclear):
-            has(unclear)
+            dv.has_attribute(labels, unclear)
 
 
-def test_robust_damages_more_and_more(trained, monkeypatch):
+def test_robust_damages_more_and_more(trained, monkeypatch, shown):
     """Along each row of `robust` the draft is farther from the first."""
     shape = dv.draw_shapes(1, dv.make_generator(0))[0] / 255  # a draft with edges
-
-    def decode(self, z):
-        return shape.expand(len(z), -1, -1, -1).to(z.device)
-
-    monkeypatch.setattr(dv.VAE, 'decode', decode)
+    monkeypatch.setattr(dv.VAE, 'decode', lambda self, z: shape.expand(len(z), -1, -1, -1))
     assert run('robust', '--out', trained, '--steps', 1, '--num', 4) == 0
-    for damaged in cells(trained / 'robust-form1.png', 6, 4)[::2]:
-        distance = [abs(image - damaged[0]).mean() for image in damaged]
-        assert distance == sorted(distance) and distance[3] > 0
+    labels, rows, _ = shown['robust']
+    assert labels[::2] == ('noise', 'blur', 'blocks')
+    for damaged in rows[::2]:
+        distance = [(image - shape).abs().mean().item() for image in damaged]
+        assert distance == sorted(distance) and distance[0] < 0.001 < distance[3]
 
 
-def test_general_y_and_guidance(tmp_path):
+def test_general_y_and_guidance(tmp_path, shown):
     """--signal lowres: the VAE models y in both stages, the refiner x; reconstruct shows both."""
-    out = ['--out', tmp_path / 'o']
-    command = ['train', '--stage', 1, '--signal', 'lowres', '--steps', 10, *out]
-    assert run(*command, *FEW) == 0
-    assert run('train', '--stage', 2, '--steps', 10, '--cond-drop', 0.5, *SMALL, *out) == 0
-    assert run('reconstruct', '--steps', 2, '--num', 2, '--guidance', 1, *out) == 0
-    image, y, _, _ = cells(tmp_path / 'o' / 'reconstruct-form1.png', 4, 2)
-    x = torch.tensor(image[0][::2, ::2]).permute(2, 0, 1)[None].float() / 255
-    by_hand = F.avg_pool2d(x, 4)[0, :, 3, 5]
-    assert abs(255 * by_hand - torch.tensor(y[0][24, 40]).float()).max() <= 1
+    command = ['train', '--out', tmp_path, '--steps', 10]
+    assert run(*command, '--stage', 1, '--signal', 'lowres', *FEW) == 0
+    assert run(*command, '--stage', 2, '--cond-drop', 0.5, *SMALL) == 0
+    how = ['--out', tmp_path, '--steps', 2, '--num', 2, '--guidance', 1]
+    assert run('reconstruct', *how) == 0
+    labels, (x, y, *_), _ = shown['reconstruct']
+    assert labels == ('image', 'y', 'draft', 'refined')
+    assert torch.allclose(y[:, :, ::4, ::4], F.avg_pool2d(x, 4))
 
 
 # ---- 10. Quality ---------------------------------------------------------------------------------
@@ -3107,28 +2623,19 @@ def test_distance_is_small_for_equal_sets_and_grows_with_every_damage():
     """Blur, speckle, hue shift, loss of contrast: each step more is farther; halves are near."""
     images = load_images('shapes', train=False).batch(slice(80))
     real, ours = images[:40], images[40:]
-
-    def distance(x):
-        return dv.sliced_wasserstein(x, real).mean().item()
-
-    def blurred(width):
-        padded = F.pad(ours, [width // 2] * 4, 'replicate')
-        return F.avg_pool2d(padded, width, stride=1)
-
-    floor = distance(ours)
-    assert dv.sliced_wasserstein(real, real).max() == 0
     noise = randn(*ours.shape).float()
     turned = ours.roll(1, dims=1)  # red to green to blue
     damages = {
-        'blur': [blurred(width) for width in (3, 5, 7)],
-        'speckle': [ours + s * noise for s in (0.05, 0.1, 0.2)],
-        'hue': [(1 - s) * ours + s * turned for s in (0.15, 0.3, 0.45)],
-        'contrast': [0.5 + s * (ours - 0.5) for s in (0.85, 0.7, 0.5)],
+        'blur': [F.avg_pool2d(ours, k, stride=1, padding=k // 2) for k in (3, 7)],
+        'speckle': [ours + s * noise for s in (0.05, 0.2)],
+        'hue': [(1 - s) * ours + s * turned for s in (0.15, 0.45)],
+        'contrast': [0.5 + s * (ours - 0.5) for s in (0.85, 0.5)],
     }
+    floor = dv.sliced_wasserstein(ours, real).mean()
     for name, damaged in damages.items():
-        steps = [floor, *map(distance, damaged)]
+        steps = [floor, *[dv.sliced_wasserstein(x, real).mean() for x in damaged]]
         assert steps == sorted(steps) and steps[-1] > 1.5 * floor, (name, steps)
-    assert len(dv.sliced_wasserstein(ours, real)) == 3  # 32, 16, 8
+    assert dv.sliced_wasserstein(real, real).tolist() == [0, 0, 0]  # 32, 16, 8 pixels
     with pytest.raises(ValueError, match='different shapes'):
         dv.sliced_wasserstein(ours[:3], real)
 
@@ -3146,10 +2653,10 @@ def test_distance_against_sorted_numbers_by_hand():
 
 @pytest.mark.parametrize('R', [32, 47, 50])
 def test_pyramid_adds_up_and_its_finest_level_is_the_finest_detail(R):
-    """The levels, enlarged and added, are the image; flat images and ramps have no fine detail."""
+    """The levels, enlarged by hand and added, are the image; ramps have no fine detail."""
 
     def doubled(low, size):
-        """The aligned way back by hand: zeros between the pixels, blurred with 4 x the kernel."""
+        """Zeros between the pixels, blurred with 4 times the kernel."""
         row = torch.tensor([1.0, 4, 6, 4, 1]) / 8
         padded = F.pad(low, (2, 2, 2, 2), 'replicate')
         spread = torch.zeros(*low.shape[:2], 2 * padded.shape[2], 2 * padded.shape[3])
@@ -3189,26 +2696,26 @@ def test_mixture_recovers_a_known_one():
 
 
 def test_ex_pde_draws_codes_from_a_mixture_fitted_to_the_training_images(trained, monkeypatch):
-    """--gmm K fits K components to a code of each training image, once, and z has its moments."""
+    """--gmm K fits K components to a code of each training image, once, and draws z from them."""
+    weights = tensor(0.25, 0.75)
+    means = 3 * randn(2, 4, seed=2)
+    covariances = covariance_matrices(2, 4, 0)
+    mixture = MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
     fits = []
 
     def fit_mixture(z, K, generator):
         fits.append((z.shape, K))
         return weights, means, covariances
 
-    weights = torch.tensor([0.25, 0.75]).double()
-    means = 3 * randn(2, 4, seed=2)
-    covariances = covariance_matrices(2, 4, 0)
     monkeypatch.setattr(dv, 'fit_mixture', fit_mixture)
     model = dv.load(trained)
     options = dv.SamplingOptions(**dv.SAMPLING | dict(gmm=2))
     z = torch.cat([model.codes_and_noise(options, chunk)[0] for chunk in range(60)]).double()
     assert fits == [((1000, 4), 2)]  # of the few shapes
-    mean = 0.25 * means[0] + 0.75 * means[1]
-    d = (means[0] - means[1])[:, None]
-    covariance = 0.25 * covariances[0] + 0.75 * covariances[1] + 0.25 * 0.75 * d @ d.T
-    assert torch.allclose(z.mean(0), mean, atol=0.3)
-    assert torch.allclose(z.T.cov(), covariance, atol=0.12 * covariance.abs().max())
+    theirs = mixture.sample((10_000,))
+    assert torch.allclose(z.mean(0), mixture.mean, atol=0.3)
+    assert torch.allclose(z.T.cov(), theirs.T.cov(), atol=0.12 * theirs.T.cov().abs().max())
+    assert abs(mixture.log_prob(z).mean() - mixture.log_prob(theirs).mean()) < 0.15
     with pytest.raises(dv.UserError, match='--gmm 1001'):
         model.generate(1, gmm=1001)
 
@@ -3218,20 +2725,18 @@ def test_evaluate_measures_every_model_with_the_same_sampler(trained, tmp_path, 
     and no models of different images."""
     command = ['evaluate', '--out', trained, '--num', 30, '--steps', '1,2', '--sampler', 'ddim']
     assert run(*command) == 0
-    text = capsys.readouterr().out
-    rows = {line[:34].strip(): line[34:].split() for line in text.splitlines()[1:]}
+    lines = capsys.readouterr().out.splitlines()[1:]
+    rows = {line[:34].strip(): re.findall(r'[\d.]+', line[34:]) for line in lines}
     forms = [f'{form} ddim quadratic, ' for form in ('form1', 'form2', 'uncond')]
     forms = {form + steps for form in forms for steps in ('1 steps', '2 steps')}
     assert set(rows) == {'floor: training images', 'form1 drafts', 'form2 drafts'} | forms
-    for mean, lowest, _, highest, *levels in rows.values():
-        lowest, highest = float(lowest[1:]), float(highest[:-1])
-        levels = [float(level.strip(')')) for level in levels]
-        assert lowest <= float(mean) <= highest and len(levels) == 3
-        assert np.mean(levels) == pytest.approx(float(mean), abs=0.2)
+    for numbers in rows.values():
+        mean, lowest, highest, *levels = map(float, numbers)
+        assert lowest <= mean <= highest and len(levels) == 3
+        assert np.mean(levels) == pytest.approx(mean, abs=0.2)
     assert float(rows['floor: training images'][0]) < float(rows['form1 drafts'][0])
 
-    shutil.copytree(trained, tmp_path / 'mixed')
-    path = tmp_path / 'mixed' / 'stage2-uncond.pt'
+    path = shutil.copytree(trained, tmp_path / 'mixed') / 'stage2-uncond.pt'
     saved = torch.load(path, weights_only=True)
     saved['images']['number'] += 1
     torch.save(saved, path)
@@ -3250,71 +2755,27 @@ def lecture(*args):
 def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     """By hand: 2 k^2 c_in c_out a pixel of a convolution, three times that with the gradients of
     weights and inputs (no input's gradient for the stem); times images a step, times steps."""
-    layout = {16: 0, 4: 1, 1: 1}, {1: 1, 4: 1, 16: 0}, {16: 4, 4: 8, 1: 16}
-    small = {stage: dv.SMALL[stage] | dict(size=16, batch=6) for stage in (1, 2)}
-    preset = {1: small[1] | dict(steps=9e9), 2: small[2] | dict(channels=4, multipliers=(1,))}
+    preset = {stage: dv.SMALL[stage] | dict(size=16, batch=6, steps=10**8) for stage in (1, 2)}
+    preset[2] |= dict(channels=4, multipliers=(1,))
     monkeypatch.setattr(dv, 'PRESETS', {'small': preset, 'cifar10': preset})
-    monkeypatch.setattr(dv, 'vae_layout', lambda settings: layout)
-    torch_randn = torch.randn
-
-    def small_randn(*shape, **how):  # no large product
-        shape = shape[0] if isinstance(shape[0], tuple) else shape
-        return torch_randn([min(n, 32) for n in shape], **how)
-
-    monkeypatch.setattr(torch, 'randn', small_randn)
+    monkeypatch.setitem(dv.PAPER_VAES, 'cifar10', dv.vae_layout(config(1)))
+    monkeypatch.setattr(sys.modules[__name__], 'BENCH_PRODUCT', 32)
     model = dv.build(config(1), 3)
-    flops = []
-
-    def count_flops(conv, inputs, output):
-        passes = 2 if conv is model.stem else 3
-        flops.append(passes * 2 * conv.weight.numel() * output[0, 0].numel())
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(count_flops)
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    calls = [recorded(conv) for conv in convs]
     model(torch.rand(1, 3, 16, 16), torch.zeros(1, 16))
+    flops = 0
+    for conv, ((_, output),) in zip(convs, calls):
+        flops += 2 * (2 if conv is model.stem else 3) * conv.weight.numel() * output[0, 0].numel()
 
     assert lecture('bench', '--tflops', 2) == 0
-    lines = capsys.readouterr().out.splitlines()
-    measured = [line.split() for line in lines if 'training' in line or 'sampling' in line]
-    assert [row[0] for row in measured] == ['small'] * 4 + ['cifar10'] * 4
-    projected = [line.split()[3:] for line in lines if line.startswith('small   ')]
-    total, hours = projected[-2]
-    assert float(total) == pytest.approx(sum(flops) * 6 * 9e9, rel=0.05)
-    assert float(hours) == pytest.approx(float(total) / 2e12 / 3600, rel=0.05)
-
-
-def test_exercise_lists_blanks_some_and_overwrites_nothing(tmp_path, capsys):
-    """--list prints number, name and points; --only blanks those, and what exists is kept."""
-    skip_unless_all_are_solved()
-    assert lecture('exercise', '--list') == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 15 and lines[2].split() == ['3', 'negative_elbo', '2', 'points']
-
-    path = tmp_path / 'student.py'
-    assert lecture('exercise', '-o', path, '--only', '4,14') == 0
-    assert f'python test_diffusevae.py grade {path}' in capsys.readouterr().out
-    text = path.read_text(encoding='utf-8')
-    assert '\n#    4  linear_schedule 1 point\n#   14  slerp           2 points\n#\n' in text
-    module = load_module(path, 'student')
-    with pytest.raises(NotImplementedError, match='Exercise 4: linear_schedule'):
-        module.linear_schedule()
-    assert lecture('exercise', '-o', path) == 2
-    assert 'exists' in capsys.readouterr().err
-    assert lecture('exercise', '-o', tmp_path / 'b', '--only', '16') == 2
-    assert '--only' in capsys.readouterr().err and path.read_text(encoding='utf-8') == text
-
-
-def test_training_a_blanked_file_names_the_exercise_it_needs(tmp_path):
-    """A run stops at the first exercise that is not solved, and its traceback says which."""
-    skip_unless_all_are_solved()
-    blank = student_copy(tmp_path / 'blank.py', '--only', '2,13')
-    blank.draw_shapes = few_shapes
-    for number, name in ((2, 'kl_divergence'), (13, 'ema_update')):
-        command = ['train', '--stage', '1', '--steps', '2', '--out', str(tmp_path / name)]
-        with pytest.raises(NotImplementedError, match=f'Exercise {number}: {name}'):
-            blank.main([*command, '--batch', '4'])
-        blank.kl_divergence = Own.kl_divergence
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    measured = [line[0] for line in lines if 'training' in line or 'sampling' in line]
+    assert measured == ['small'] * 4 + ['cifar10'] * 4
+    (projected,) = [line[3:] for line in lines if line[:3] == ['small', 'stage', '1']]
+    total, hours = map(float, projected)
+    assert total == pytest.approx(flops * 6 * 10**8, rel=0.05)
+    assert hours == pytest.approx(total / 2e12 / 3600, rel=0.05)
 
 
 def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
@@ -3347,10 +2808,10 @@ def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
     assert lines[4:] == ['student.py: 2 of 6 points']
 
     # A solution that ends the process leaves dots, and no report.
-    path.write_text(text.replace('sys.exit()', 'os._exit(0)'), encoding='utf-8')
-    code = lecture('grade', path, '--only', '3')
-    captured = capfd.readouterr()
-    assert code == 2 and 'cannot be graded: it ended the process' in captured.err
+    dots = types.SimpleNamespace(stdout='..')
+    monkeypatch.setattr(subprocess, 'run', lambda *args, **how: dots)
+    assert lecture('grade', path) == 2
+    assert 'cannot be graded: it ended the process' in capfd.readouterr().err
 
 
 def test_plumbing_that_needs_an_exercise_is_skipped(monkeypatch):
@@ -3375,33 +2836,21 @@ def test_python_lines_of_the_readme(trained, tmp_path, monkeypatch):
 
 BAD = [
     (['train', '--stage', 3], '--stage'),
-    (['train'], '--stage'),
-    (['train', '--stage', 'x'], '--stage'),
     (['train', '--stage', 1, '--data', 'nothing'], 'nothing'),
     (['train', '--stage', 1, '--steps', 0], '--steps 0: must be from 1'),
-    (['train', '--stage', 1, '--steps', 'x'], '--steps'),
     (['train', '--stage', 1, '--lr', 'nan'], '--lr'),
-    (['train', '--stage', 1, '--kl-weight', 'nan'], '--kl-weight'),
     (['train', '--stage', 1, '--device', 'cuda:7'], '--device'),
-    (['train', '--stage', 1, '--device', 'toaster'], '--device'),
     (['train', '--stage', 1, '--size', 40], '--size 40'),
-    (['train', '--stage', 1, '--preset', 'magic'], '--preset'),
     (['train', '--stage', 1, '--preset', 'cifar10', '--size', 64], '--size 64'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
-    (['train', '--stage', 1, '--data', 'mnist', '--size', 64], '--size 64'),
     (['train', '--stage', 1, '--form', '2'], '--form'),
     (['train', '--stage', 2], '--stage 1'),
-    (['train', '--stage', 2, '--form', '3'], '--form'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '0,2'], '--multipliers'),
-    (['train', '--stage', 2, '--form', 'uncond', '--multipliers', 'a'], '--multipliers'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1'], '--multip'),
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], '--heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--attention', 7], '--attention'),
-    (['train', '--stage', 2, '--form', 'uncond', '--channels', 9], '--channels'),
     (['train', '--stage', 2, '--form', 'uncond', '--channels', 144], '--channels'),
-    (['sample', '--num', 0], '--num'),
     (['sample', '--steps', 1001], '--steps 1001: must be from 1 to 1000'),
-    (['sample', '--sampler', 'magic'], '--sampler'),
     (['sample'], 'train --stage 2'),
     (['paint'], 'paint'),
     ([], 'COMMAND'),
@@ -3421,83 +2870,73 @@ def test_bad_input_is_one_line_and_exit_code_2(command, named, tmp_path, capsys,
 def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monkeypatch):
     """Empty, junk, damaged, with code, unwritable, too large: named, and nothing is overwritten."""
 
-    def no_network(*args, **kwargs):
-        raise OSError('no network in tests')
-
-    def fails(*command):
+    def fails(named, *command):
         capsys.readouterr()
         assert run(*command) == 2
-        message = capsys.readouterr().err.splitlines()
-        assert message[-1].startswith('error: ') and 'Traceback' not in str(message)
-        return message[-1]
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message.startswith('error: ') and named in message
 
-    monkeypatch.setattr(urllib.request, 'urlopen', no_network)
+    def raises(error, *args, **more):
+        raise error
+
+    monkeypatch.setattr(urllib.request, 'urlopen', partial(raises, OSError('no network')))
     missing = ['--data', 'mnist', '--root', tmp_path, '--out', tmp_path / 'o']
-    assert '--data mnist' in fails('train', '--stage', 1, *missing)
+    fails('--data mnist', 'train', '--stage', 1, *missing)
 
     # Checkpoints. A pickle's code is never run.
-    shutil.copytree(trained, tmp_path / 'copy')
-    good = (trained / 'stage2-form1.pt').read_bytes()
-    path = tmp_path / 'copy' / 'stage2-form1.pt'
-    damages = [b'', b'junk', good[: len(good) // 2], good[:-20]]
-    damages.append(pickle.dumps(partial(Path.touch, tmp_path / 'evil'), protocol=2))
-    for content in (3, {}, {'options': 3}):
-        torch.save(content, path)
-        damages.append(path.read_bytes())
-    for damaged in damages:
+    copied = shutil.copytree(trained, tmp_path / 'copy')
+    path = copied / 'stage2-form1.pt'
+    good = path.read_bytes()
+    evil = pickle.dumps(partial(Path.touch, tmp_path / 'evil'), protocol=2)
+    torch.save({'settings': {}, 'images': {}}, path)
+    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], evil, path.read_bytes()):
         path.write_bytes(damaged)
-        assert 'stage2-form1.pt' in fails('sample', '--out', tmp_path / 'copy')
-        assert 'stage2-form1.pt' in fails('train', '--stage', 2, '--out', tmp_path / 'copy')
+        fails('stage2-form1.pt', 'sample', '--out', copied)
+        fails('stage2-form1.pt', 'train', '--stage', 2, '--out', copied)
         assert path.read_bytes() == damaged
     assert not (tmp_path / 'evil').exists()
 
     (tmp_path / 'file').write_text('a file, not a folder')
-    assert 'file' in fails('train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *FEW)
-    assert 'uncond' in fails('reconstruct', '--out', trained, '--form', 'uncond')
-    assert '--cond-drop' in fails('sample', '--out', trained, '--guidance', 2)
-
-    def too_large(*args):
-        raise torch.OutOfMemoryError('CUDA out of memory.\nTried to allocate 20 GiB.')
-
-    monkeypatch.setattr(dv.Trained, 'paint', too_large)
-    assert 'memory. Tried' in fails('sample', '--out', trained)
+    fails('file', 'train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *FEW)
+    error = torch.OutOfMemoryError('CUDA out of memory.\nTried to allocate 20 GiB.')
+    monkeypatch.setattr(dv.Trained, 'paint', partial(raises, error))
+    fails('memory. Tried', 'sample', '--out', trained)
 
 
-def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [RuntimeError, ValueError, KeyError, NotImplementedError])
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch, error):
     """An error in the method's own code, as a student makes it, is not taken for the user's."""
-    for error in (RuntimeError, ValueError, KeyError, TypeError):
 
-        def kl_divergence(mu, logvar, error=error):
-            raise error('a bug in this line')
+    def kl_divergence(mu, logvar):
+        raise error('a bug in this line')
 
-        monkeypatch.setattr(dv, 'kl_divergence', kl_divergence)
-        with pytest.raises(error, match='a bug in this line') as caught:
-            run('train', '--stage', 1, '--steps', 1, '--out', tmp_path / 'o', *FEW)
-        assert caught.traceback[-1].name == 'kl_divergence'
+    monkeypatch.setattr(dv, 'kl_divergence', kl_divergence)
+    with pytest.raises(error, match='a bug in this line') as caught:
+        run('train', '--stage', 1, '--steps', 1, '--out', tmp_path, *FEW)
+    assert caught.traceback[-1].name == 'kl_divergence'
 
 
 def test_commands_as_processes(tmp_path, monkeypatch):
-    """Stage 1, killed and resumed; stage 2 by two processes: each equals one whole run; sample."""
+    """Stage 1, killed and resumed; stage 2 by two processes: each equals one whole run."""
 
     def start(*args, threads='2', **environment):  # as here: sums are rounded in the same order
-        return subprocess.Popen(
-            [sys.executable, *map(str, args)],
-            cwd=tmp_path,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {'OMP_NUM_THREADS': threads, **environment},
-        )
+        command = [sys.executable, dv.__file__, *map(str, args)]
+        environment = os.environ | {'OMP_NUM_THREADS': threads, **environment}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, env=environment)
 
     skip_unless_all_are_solved()
     monkeypatch.chdir(tmp_path)
     for i in range(30):  # a process would draw 22,000 shapes, for seconds
         picture(tmp_path / f'data/{i}.png', colour=(8 * i, 250 - 8 * i, 40))
+    stage1 = ['train', '--stage', 1, '--data', 'data', '--steps', 20, '--batch', 4]
+    stage2 = ['train', '--stage', 2, '--data', 'data', '--steps', 6, *SMALL]
+    stage2 += ['--clip', 0.5, '--ema', 0.9]
 
-    # Stage 1. Kill it as soon as there is a checkpoint: it is whole, and the run resumes from it.
-    stage1 = ['train', '--stage', 1, '--steps', 20, '--batch', 4, '--save-every', 0]
-    stage1 += ['--data', 'data']
-    killed = start(dv.__file__, *stage1)
+    # Stage 1, while this process does all at once: killed as soon as there is a checkpoint, which
+    # is whole, and the run resumes from it.
+    killed = start(*stage1, '--save-every', 0)
+    assert run(*stage1, '--out', 'whole') == 0 and run(*stage2, '--out', 'whole') == 0
     lines = [killed.stdout.readline() for _ in range(3)]
     assert 'squared_error' in lines[2] and 'min left' in lines[2] and '\r' not in lines[2]
     path = tmp_path / 'runs/data/stage1.pt'
@@ -3507,54 +2946,34 @@ def test_commands_as_processes(tmp_path, monkeypatch):
     killed.kill()
     killed.communicate()
     assert 10 <= torch.load(path, weights_only=True)['step'] <= 20
-    assert run(*stage1) == 0 and run(*stage1, '--out', 'whole') == 0
+    assert run(*stage1) == 0
     assert contents(path) == contents(Path('whole/stage1.pt'))
 
-    # Stage 2 by two processes, in an environment like torchrun's.
-    stage2 = ['train', '--stage', 2, '--steps', 6, *SMALL, '--clip', 0.5, '--ema', 0.9]
-    stage2 += ['--data', 'data']  # and the default --out for it
+    # Stage 2 by two processes, in an environment like torchrun's: equal but for rounding.
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = str(free.getsockname()[1])
     torchrun = dict(TORCHELASTIC_RUN_ID='x', WORLD_SIZE='2', MASTER_ADDR='127.0.0.1')
-    both = []
-    for rank in ('0', '1'):
-        environment = torchrun | dict(RANK=rank, LOCAL_RANK=rank, MASTER_PORT=port)
-        both.append(start(dv.__file__, *stage2, threads='1', **environment))
+    torchrun |= dict(MASTER_PORT=port, threads='1')
+    both = [start(*stage2, **torchrun, RANK=rank, LOCAL_RANK=rank) for rank in '01']
     output = [process.communicate(timeout=60) for process in both]
     assert [process.returncode for process in both] == [0, 0], output
     assert output[0][0].count('min left') == 1 and output[1][0] == ''  # the first one reports
-
-    # `sample`, while this process does the same as the two: equal but for rounding.
-    sample = start(dv.__file__, 'sample', '--steps', 2, '--num', 4, '--out', 'runs/data')
-    assert run(*stage2, '--out', 'whole') == 0
     by_two = torch.load('runs/data/stage2-form1.pt', weights_only=True)
     by_one = torch.load('whole/stage2-form1.pt', weights_only=True)
     for part in ('model', 'ema'):
         for name, value in by_one[part].items():
             assert torch.allclose(by_two[part][name], value, rtol=0, atol=1e-5)
-    assert 'samples-form1.png' in sample.communicate(timeout=60)[0] and sample.returncode == 0
-    assert Path('runs/data/samples-form1.png').exists()
 
 
 def test_a_process_that_fails_does_not_leave_the_others_waiting(tmp_path):
     """torchrun ends the second process, which waits at a barrier, when the first finds no data."""
     skip_unless_all_are_solved()
-    script = tmp_path / 'script.py'
-    script.write_text(
-        f'import sys\nsys.path.insert(0, {str(GRADED.parent)!r})\nimport {GRADED.stem} as dv\n'
-        "sys.exit(dv.main('train --stage 1 --data nothing --out run'.split()))\n",
-        encoding='utf-8',
-    )
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    command += [dv.__file__, 'train', '--stage', '1', '--data', 'nothing', '--out', 'run']
     environment = os.environ | {'OMP_NUM_THREADS': '1'}
     done = subprocess.run(
-        [*command, script],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=environment,
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.returncode == 1 and done.stderr.count('no such folder') == 1
 
@@ -3584,9 +3003,7 @@ def test_ci_runs_the_readme_command():
     assert (HERE / '.ci/run').read_text(encoding='utf-8').endswith('\n' + command)
 
 
-# ==================================================================================================
-# THE LECTURER'S COMMANDS: a file for students, and the speed of this machine
-# ==================================================================================================
+# ==== THE LECTURER'S COMMANDS: a file for students, and the speed of this machine =================
 
 # ---- python test_diffusevae.py exercise ----------------------------------------------------------
 
@@ -3670,12 +3087,6 @@ def write_exercise(path, only):
     print(f'python test_diffusevae.py grade {path}')
 
 
-def list_exercises():
-    """Print number, name and points of each exercise."""
-    for name, cls in EXERCISES.items():
-        print(f'{cls.number:2}  {name:15} {points_in_words(cls.points)}')
-
-
 # ---- python test_diffusevae.py grade -------------------------------------------------------------
 
 
@@ -3692,22 +3103,10 @@ def grade_file(path, only):
         raise dv.UserError(f'{path}: {type(error).__name__}: {error}') from error
 
     # The tests of the exercises, in a process of their own, which may print, hang or exit.
-    classes = [
-        f'{Path(__file__).resolve()}::{cls.__name__}'
-        for cls in EXERCISES.values()
-        if cls.number in chosen
-    ]
-    command = [
-        sys.executable,
-        '-m',
-        'pytest',
-        '-q',
-        '--tb=short',
-        '--color=no',
-        '-p',
-        'no:cacheprovider',
-        *classes,
-    ]
+    here = Path(__file__).resolve()
+    classes = [f'{here}::{cls.__name__}' for cls in EXERCISES.values() if cls.number in chosen]
+    how = '-m pytest -q --tb=short --color=no -p no:cacheprovider'
+    command = [sys.executable, *how.split(), *classes]
     # What is printed is read below: so it must not depend on the user's settings of pytest.
     environment = os.environ | {'DIFFUSEVAE': str(path.resolve()), 'PYTEST_ADDOPTS': ''}
     try:
@@ -3736,6 +3135,7 @@ def grade_file(path, only):
 # ---- python test_diffusevae.py bench -------------------------------------------------------------
 
 BENCH_BATCH = 16
+BENCH_PRODUCT = 4096  # rows and columns
 
 
 def bench_setup(preset, stage, device, layout, fast=False, **changes):
@@ -3768,40 +3168,32 @@ def measure(work):
     return seconds, count_flops(work) / seconds / 1e12
 
 
-def training_step(model, optimizer, inputs):
-    """One step of Adam; its loss."""
-    loss = model(**inputs)['loss']
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
-
-
-def one_network_call(model, inputs):
-    """Images of one step of sampling."""
-    _, refined = model.generate(inputs['eps_z'], inputs['eps'], lambda: 0, steps=1)
-    return refined
-
-
 def bench_speed(device_name):
     """Print the speed of two networks as a share of the device's own."""
     device = dv.choose_device(device_name)
     print('A step in plain float32 and as in a run: images/s, TFLOP/s, share of a large product')
     modes = [(False, torch.contiguous_format), (dv.has_fast_bfloat16(device), torch.channels_last)]
-    for preset, (fast, layout) in itertools.product(['small', 'cifar10'], modes):
+    for preset, (fast, layout) in itertools.product(('small', 'cifar10'), modes):
         _, model, inputs = bench_setup(preset, 2, device, layout, fast, batch=BENCH_BATCH)
-        dtype = torch.bfloat16 if fast else torch.float32
-        square = torch.randn(4096, 4096, device=device, dtype=dtype)
-        _, peak = measure(partial(torch.matmul, square, square))
-
         optimizer = torch.optim.Adam(model.unet.parameters(), fused=True)
-        training = measure(partial(training_step, model, optimizer, inputs))
-        model.eval()
-        sampling = measure(partial(one_network_call, model, inputs))
-        for name, (seconds, rate) in (('training', training), ('sampling', sampling)):
-            images = BENCH_BATCH / seconds
-            kind = 'bfloat16' if fast else 'float32'
-            print(f'{preset:8} {kind:8} {name} {images:9.1f} {rate:9.3f} {rate / peak:9.0%}')
+        dtype = torch.bfloat16 if fast else torch.float32
+        square = torch.randn(BENCH_PRODUCT, BENCH_PRODUCT, device=device, dtype=dtype)
+
+        def training(model=model, inputs=inputs, optimizer=optimizer):
+            loss = model(**inputs)['loss']
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        def sampling(model=model, inputs=inputs):
+            return model.eval().generate(inputs['eps_z'], inputs['eps'], lambda: 0, steps=1)[1]
+
+        _, peak = measure(partial(torch.matmul, square, square))
+        for work in (training, sampling):
+            seconds, rate = measure(work)
+            speed = f'{BENCH_BATCH / seconds:9.1f} {rate:9.3f} {rate / peak:9.0%}'
+            print(f'{preset:8} {str(dtype)[6:]:8} {work.__name__} {speed}')
 
 
 def bench_projection(tflops):
@@ -3822,21 +3214,9 @@ def bench_projection(tflops):
 # ---- The command line ----------------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that leaves it to `main` to print an error, in one line."""
-
-    def error(self, message):
-        raise dv.UserError(message)
-
-
-def numbers(text):
-    """'1,2,5' -> (1, 2, 5)."""
-    return tuple(int(number) for number in text.split(','))
-
-
 def parse(arguments):
     """The options of one of the lecturer's commands."""
-    parser = Parser('test_diffusevae.py', description="The lecturer's commands.")
+    parser = dv.Parser('test_diffusevae.py', description="The lecturer's commands.")
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
 
     text = 'write a copy of diffusevae.py with the bodies of exercises blanked, for a student'
@@ -3844,13 +3224,17 @@ def parse(arguments):
     sub.add_argument(
         '-o', '--out', type=Path, default='student.py', help='file to write (default student.py)'
     )
-    sub.add_argument('--only', type=numbers, default=(), help='exercises, 1,2,5; default: all')
+    sub.add_argument(
+        '--only', type=dv.whole_numbers, default=(), help='exercises, 1,2,5; default: all'
+    )
     sub.add_argument('--list', action='store_true', help='print the exercises and their points')
 
     text = "print which exercises a student's file solves, what does not hold, and the points"
     sub = commands.add_parser('grade', help=text, description=text, allow_abbrev=False)
     sub.add_argument('file', type=Path, help='the file to grade, e.g. student.py')
-    sub.add_argument('--only', type=numbers, default=(), help='exercises, 1,2,5; default: all')
+    sub.add_argument(
+        '--only', type=dv.whole_numbers, default=(), help='exercises, 1,2,5; default: all'
+    )
 
     text = "speed of two networks as a share of the device's own, and costs of the presets' runs"
     sub = commands.add_parser('bench', help=text, description=text, allow_abbrev=False)
@@ -3872,7 +3256,8 @@ def main(arguments=None):
         elif options.command == 'grade':
             return grade_file(options.file, options.only)
         elif options.list:
-            list_exercises()
+            for name, cls in EXERCISES.items():
+                print(f'{cls.number:2}  {name:15} {points_in_words(cls.points)}')
         else:
             write_exercise(options.out, options.only)
     except (dv.UserError, OSError) as error:
