@@ -19,7 +19,7 @@ needs fewer steps.
     python diffusevae.py sample             # drafts above refined images, as a PNG
 
 The built-in images are striped shapes. On two cores of a Xeon with AVX-512 the three commands take
-TIMES; refined images then have crisp stripes, which their drafts lack.
+9 min 10 s; refined images then have crisp stripes, which their drafts lack.
 
     Part 1  The method            1 the VAE, 2 diffusion, 3 the U-Net, 4 the two-stage model
     Part 2  Running it            5 data, 6 settings, 7 training, 8 sampling
@@ -90,8 +90,7 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (It is a bound for image and signal together. Where y is the image, both lines are about the same
-# image, once as drafted and once as refined.)
+# (It bounds image and signal together: where y is the image, once as drafted, once as refined.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -897,7 +896,7 @@ class UserError(Exception):
 # batches in [0, 1], for the VAE; section 4 maps them to [-1, 1] for the diffusion model. Held-out
 # images never enter training: they are a test split, 5% of a folder, or shapes drawn with another
 # seed. Every loader returns its images in random order, the same each time: so the first n of them
-# are a fair sample of the set, and a command that needs a few reads only a few.
+# are a fair sample of the set, and a command that needs a few pictures reads only a few files.
 #
 # The built-in shapes need no download. A VAE learns their outline, place, size and colours in
 # minutes and blurs their stripes, which the diffusion model restores: so a laptop shows what the
@@ -1286,7 +1285,7 @@ def paper(data, size, images, vae, ddpm, multipliers, attention, dropout=0.1, lr
     stages; flip: in stage 1. Where the authors' scripts and their YAML files differ, in batch,
     epochs, heads and dropout, the scripts count.
     """
-    # A checkpoint may have 2 GB, and its picture takes 800 network calls: save less often.
+    # A checkpoint may have 2 GB, and its picture takes 50 network calls: save less often.
     both = dict(data=data, size=size, save_every=600.0)
     stage_1 = dict(kl_weight=1.0, z_dim=512 if size <= 64 else 1024, flip=flip)
     stage_1 |= dict(batch=vae[1], steps=vae[0] * images // vae[1])
@@ -1447,20 +1446,19 @@ def refuse_what_does_not_fit(settings):
 
     # As many cosines as sines need an even number of channels, and 32 groups a multiple of 32.
     widths = [multiplier * settings.channels for multiplier in settings.multipliers]
-    sizes = [size / 2**level for level in range(len(widths))]
+    sizes = [size // 2**level for level in range(len(widths))]
+    attending = [width for width, level in zip(widths, sizes) if level in settings.attention]
+    attending += widths[-1:]  # the bottleneck
     divisor = 32 if settings.channels >= 128 else 2
     wrong = {
         f'--channels: {divisor} must divide it': settings.channels % divisor,
         f'--multipliers: {size} pixels cannot be halved so often': size % 2 ** (len(widths) - 1),
         f'--attention: the levels have {sizes} pixels': set(settings.attention) - set(sizes),
-        f'--heads: must divide {widths}': any(width % settings.heads for width in widths),
+        f'--heads: must divide {attending}': any(width % settings.heads for width in attending),
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
             raise UserError(message)
-
-
-# `steps` means another thing here, and `seed`: so the classes have no fields in common.
 
 
 @dataclass
@@ -1492,17 +1490,19 @@ SAMPLING |= dict(sampler='ddpm', spacing='quadratic', guidance=0.0, steps=50)
 # ==== 7. TRAINING, one loop for both stages =======================================================
 # A stage is a module: `forward` returns its losses, `random_inputs` draws what a step needs.
 #
-# Whatever is random in step s is a function of (seed, s) alone: which images, their noise, dropout.
-# So a run that is interrupted and resumed needs no state of a generator, and makes the same weights
-# as one that is not: on a CPU with as many threads bit for bit.
+# Whatever is random in step s is a function of (seed, s) alone: which images, their noise, dropout
+# (of several processes each has masks of its own). So a run that is interrupted and resumed needs
+# no state of a generator, and makes the same weights as one that is not: on a CPU with as many
+# threads bit for bit.
 
 
 def choose_device(name):
     """The device of a name; without one CUDA, if there is one, else the CPU."""
-    if torch.cuda.is_available() and 'LOCAL_RANK' in os.environ:
-        torch.cuda.set_device(int(os.environ['LOCAL_RANK']))  # which of the GPUs `cuda` is
+    _, world = processes()
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
+        if world > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))  # which of the GPUs `cuda` is
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
@@ -1539,19 +1539,15 @@ def build(settings, channels):
         return build_vae(settings, channels)
     vae = None
     if settings.vae is not None:
-        vae = build_vae(TrainingOptions(**settings.vae), channels)
+        vae = build_vae(resolve({}, settings.vae, None), channels)
 
     # The U-Net of the baseline sees x_t alone; the others the draft beside it, as more channels.
     layers = dict(channels=settings.channels, multipliers=settings.multipliers)
     layers |= dict(blocks=settings.blocks, attention=settings.attention, heads=settings.heads)
-    layers |= dict(dropout=settings.dropout)
-    if vae is None:
-        unet = UNet(channels, channels, settings.size, **layers)
-        cond_drop = 0.0
-    else:
-        z_dim = vae.z_dim if settings.z_cond else 0
-        unet = UNet(2 * channels, channels, settings.size, **layers, z_dim=z_dim)
-        cond_drop = settings.cond_drop
+    in_channels = channels if vae is None else 2 * channels
+    layers |= dict(dropout=settings.dropout, z_dim=vae.z_dim if settings.z_cond else 0)
+    unet = UNet(in_channels, channels, settings.size, **layers)
+    cond_drop = settings.cond_drop or 0.0  # the baseline has none
     model = DiffuseVAE(vae, unet, Diffusion(linear_schedule()), settings.form, cond_drop)
     return model.to(memory_format=torch.channels_last)
 
@@ -1794,7 +1790,8 @@ def train(typed):
         optimizer.step()
         recent.append(torch.stack([*losses.values(), norm]).detach())
 
-        # The averaged weights follow. Buffers, such as the statistics of a batch norm, are copied.
+        # The averaged weights follow. Buffers are copied: a batch norm, if somebody builds one in,
+        # has its statistics in them.
         ema_update(list(averaged.parameters()), list(model.parameters()), step, settings.ema)
         for average, buffer in zip(averaged.buffers(), model.buffers()):
             average.copy_(buffer)
@@ -2014,8 +2011,8 @@ def sample(options):
 def write_pngs(trained, options):
     """Write single images, as <folder>/refined/000000.png and so on, and their drafts beside them.
 
-    The folder's name says all that they depend on. So files that exist are kept, and an interrupted
-    command goes on. Processes of torchrun share the chunks.
+    The folder's name says what they were made with. So files that exist are kept, and an
+    interrupted command goes on. Processes of torchrun share the chunks.
     """
     name = f'{name_of(trained.settings.form)}-trained{trained.step}-seed{options.seed}'
     name += f'-{options.sampler}-{options.spacing}{options.steps}'
@@ -2402,7 +2399,8 @@ def evaluate(options):
 
 # ==== 11. THE COMMAND LINE ========================================================================
 # COMMANDS says which function runs a command, and which options it has, with their defaults. Those
-# of `train` depend on stage, form and preset. argparse refuses all others in its own words.
+# of `train` depend on stage and form, their defaults on the preset. argparse refuses all others in
+# its own words.
 
 PICTURE = SAMPLING | dict(num=8)
 NEW_IMAGES = SAMPLING | dict(num=64, gmm=None)
@@ -2439,7 +2437,8 @@ def add_options(parser, options_class, defaults):
         default = defaults[setting.name]
         as_typed = ','.join(map(str, default)) if isinstance(default, tuple) else str(default)
         text = setting.metadata['meaning']
-        text += '' if default in (None, False, (), '') else f' (default {as_typed})'
+        is_said = default not in (None, (), '') and not isinstance(default, bool)
+        text += f' (default {as_typed})' if is_said else ''
         names = [flag(setting.name)] + (['-o'] if setting.name == 'out' else [])
         how = {'help': text, 'default': argparse.SUPPRESS}
         if setting.type is bool:
