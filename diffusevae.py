@@ -2439,14 +2439,14 @@ def add_options(parser, options_class, defaults):
         text = setting.metadata['meaning']
         is_said = default not in (None, (), '') and not isinstance(default, bool)
         text += f' (default {as_typed})' if is_said else ''
-        names = [flag(setting.name)] + (['-o'] if setting.name == 'out' else [])
         how = {'help': text, 'default': argparse.SUPPRESS}
         if setting.type is bool:
-            parser.add_argument(*names, action=argparse.BooleanOptionalAction, **how)
+            parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **how)
         else:
             how['type'] = whole_numbers if isinstance(default, tuple) else setting.type
             how['choices'] = setting.metadata['choices']
-            parser.add_argument(*names, required=setting.name == 'stage', **how)
+            how['required'] = setting.name == 'stage'
+            parser.add_argument(flag(setting.name), **how)
 
 
 def parse(argv):
