@@ -253,13 +253,8 @@ class VAE(nn.Module):
         return {'loss': loss, 'squared_error': squared_error, 'kl': kl}
 
 
-# What the VAE models of an image, y in [0, 1], is any function of the image x [B, C, H, W]. The
-# authors' code has y = x only; the others are ours.
-
-
-def whole_image(x):
-    """The usual y: the image itself."""
-    return x
+# What the VAE models of an image, y in [0, 1], is any function of the image x [B, C, H, W]. Usually
+# it is y = x, as in the authors' code; the others are ours.
 
 
 def grey(x):
@@ -280,7 +275,7 @@ def masked(x):
     return y
 
 
-SIGNALS = {'image': whole_image, 'grey': grey, 'lowres': low_resolution, 'masked': masked}
+SIGNALS = {'image': torch.clone, 'grey': grey, 'lowres': low_resolution, 'masked': masked}
 
 
 # ==== 2. FORWARD AND REVERSE DIFFUSION ============================================================
@@ -924,13 +919,9 @@ def processes():
 
 
 class Progress:
-    """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds.
+    """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds."""
 
-    after: seconds before the first line, for what is usually done by then.
-    """
-
-    def __init__(self, after=0):
-        self.due = time.monotonic() + after
+    due = 0.0  # when the next line may be printed, by the clock below
 
     def show(self, text, end=False):
         """Print the line, or drop it if the last one is too recent and this is not the end."""
@@ -1112,7 +1103,8 @@ def read_pictures(paths, size, crop):
         return True
 
     # Threads, since Pillow decodes outside of Python's lock. On Ctrl-C what waits is dropped.
-    progress = Progress(after=3)
+    progress = Progress()
+    progress.due = time.monotonic() + 3  # by when a small folder is read
     pool = ThreadPoolExecutor()
     good = torch.ones(len(paths), dtype=torch.bool)
     try:
@@ -1552,25 +1544,6 @@ def build(settings, channels):
     return model.to(memory_format=torch.channels_last)
 
 
-def start_vae(vae, images, he_init):
-    """Initialise a new VAE for its images, beyond torch's initial weights."""
-    # A small VAE trains for minutes. With He's initial weights its blocks contribute from the
-    # start, and places are learnt sooner (NOTES 4). The paper's presets keep torch's.
-    for module in vae.modules():
-        if isinstance(module, VAEBlock) and he_init:
-            for conv in module.convs:
-                nn.init.kaiming_normal_(conv.weight)
-
-    # The encoder sees colours relative to the mean colour of y, and the decoder starts from it.
-    # Where most pixels are black, or white, training would else begin with driving the last sigmoid
-    # to where it is flat, and with it all gradients to the code, before it says anything (NOTES 4).
-    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # at most 1.2 GB
-    y = vae.signal(images.batch(slice(n)))
-    mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
-    vae.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
-    vae.head.bias.data.copy_(torch.logit(mean))
-
-
 def checkpoint_path(out, form):
     """Where the checkpoint of a form of stage 2 is; for None, that of stage 1."""
     name = 'stage1.pt' if form is None else f'stage2-{name_of(form)}.pt'
@@ -1719,10 +1692,26 @@ def new_model(settings, first, images):
     # torch draws initial weights from its own generator: they are a function of the seed.
     torch.manual_seed(settings.seed)
     model = build(settings, images.pixels.shape[1])
-    if settings.stage == 1:
-        start_vae(model, images, he_init=settings.preset == 'small')
-    elif model.vae is not None and first is not None:
-        model.vae.load_state_dict(first.model.state_dict())
+    if settings.stage == 2:
+        if model.vae is not None and first is not None:
+            model.vae.load_state_dict(first.model.state_dict())
+        return model
+
+    # The small VAE trains for minutes. With He's initial weights its blocks contribute from the
+    # start, and places are learnt sooner (NOTES 4). The paper's presets keep torch's.
+    for module in model.modules():
+        if isinstance(module, VAEBlock) and settings.preset == 'small':
+            for conv in module.convs:
+                nn.init.kaiming_normal_(conv.weight)
+
+    # The encoder sees colours relative to the mean colour of y, and the decoder starts from it.
+    # Where most pixels are black, or white, training would else begin with driving the last sigmoid
+    # to where it is flat, and with it all gradients to the code, before it says anything (NOTES 4).
+    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # at most 1.2 GB
+    y = model.signal(images.batch(slice(n)))
+    mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
+    model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
+    model.head.bias.data.copy_(torch.logit(mean))
     return model
 
 
@@ -2075,7 +2064,7 @@ def reconstruct(options):
     # What the draft keeps, the refined image keeps; what it lost comes back, but not as it was.
     trained, x, mu = load_for_pictures(options, options.num)
     rows = [('image', x)]
-    if trained.vae.signal is not whole_image:
+    if trained.vae.signal is not SIGNALS['image']:
         rows.append(('y', trained.vae.signal(x)))  # what the VAE models of it
     rows += rows_of(*trained.paint(options, mu, trained.shared_noise(options.seed)))
     trained.write_picture('reconstruct', rows)
@@ -2221,40 +2210,27 @@ def robust(options):
 # A distance between sets of images, and a better prior for z.
 
 
-# A blur that is close to a Gaussian: [5, 5].
-BLUR = torch.tensor([1.0, 4, 6, 4, 1]).outer(torch.tensor([1.0, 4, 6, 4, 1])) / 256
-
-
-def halve(x):
-    """Blur, and take every second pixel: [N, C, R, R] -> [N, C, R / 2 rounded up, the same]."""
-    channels = x.shape[1]
-    padded = F.pad(x, (2, 2, 2, 2), 'reflect')
-    return F.conv2d(padded, BLUR.expand(channels, 1, 5, 5), stride=2, groups=channels)
-
-
-def double(low, resolution):
-    """The way back from `halve`, but for the detail: [N, C, R / 2, R / 2] -> [N, C, R, R].
-
-    resolution: R, which may be odd.
-    """
-    # Pixel i of the lower level lies on pixel 2 i of the upper one. So its pixels are set there,
-    # zeros between them, and blurred; as three of four are zeros, the kernel's values are those of
-    # `halve` times four. `conv_transpose2d` does all this. Its padding cuts off four pixels on each
-    # side: two of the replicated border and two of the kernel; output_padding makes the resolution
-    # even again. (`interpolate` would put pixel i at 2 i + 1/2.)
-    channels = low.shape[1]
-    padded = F.pad(low, (1, 1, 1, 1), 'replicate')
-    how = dict(stride=2, padding=4, output_padding=1 - resolution % 2, groups=channels)
-    return F.conv_transpose2d(padded, 4 * BLUR.expand(channels, 1, 5, 5), **how)
-
-
 def laplacian_pyramid(x):
     """What each halving of the resolution loses, finest first, and the rest: [N, C, R, R] each."""
+    # A blur that is close to a Gaussian, for each channel: [C, 1, 5, 5].
+    channels = x.shape[1]
+    row = torch.tensor([1.0, 4, 6, 4, 1]) / 16
+    kernel = row.outer(row).expand(channels, 1, 5, 5)
+
     # No level has less than 8 pixels a side: patches of 7x7 fit.
     levels = []
     while x.shape[-1] >= 16:
-        low = halve(x)
-        levels.append(x - double(low, x.shape[-1]))
+        # Down: blur, and take every second pixel.
+        low = F.conv2d(F.pad(x, (2, 2, 2, 2), 'reflect'), kernel, stride=2, groups=channels)
+
+        # And up again. Pixel i of `low` lies on pixel 2 i of x: so its pixels are set there, zeros
+        # between them, and blurred, with four times the kernel, as three of four are zeros.
+        # `conv_transpose2d` does all this. Its padding cuts off four pixels on each side: two of
+        # the replicated border and two of the kernel; output_padding makes the resolution even
+        # again, where x's is. (`interpolate` would put pixel i at 2 i + 1/2.)
+        padded = F.pad(low, (1, 1, 1, 1), 'replicate')
+        how = dict(stride=2, padding=4, output_padding=1 - x.shape[-1] % 2, groups=channels)
+        levels.append(x - F.conv_transpose2d(padded, 4 * kernel, **how))
         x = low
     return [*levels, x]
 
@@ -2459,6 +2435,7 @@ def parse(argv):
     first.add_argument('--preset', choices=PRESETS, default='small')
     chosen, _ = first.parse_known_args(argv)
     of_train = training_defaults(chosen.stage, chosen.form, chosen.preset)
+    of_train |= {'stage': None, 'preset': 'small'}  # what they are if they are not typed
 
     parser = Parser(prog='diffusevae.py', description='A VAE drafts, a diffusion model refines.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND', dest='command')
