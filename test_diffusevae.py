@@ -6,13 +6,8 @@
     DIFFUSEVAE=student.py python -m pytest test_diffusevae.py   # the same, with all tracebacks
     python test_diffusevae.py bench                             # measure speed, project costs
 
-THE GRADER        runs one exercise by itself, with the tests' own formulas in place of all others
-PART 1            THE EXERCISES: a class of tests for each, in the order of diffusevae.py
-PART 2            THE GRADER GRADED: what it must catch, and what must pass
-PART 3            ALL THE REST, in the sections of diffusevae.py; a test that needs an exercise
-                  which the graded file has not solved is skipped
-THE LECTURER'S COMMANDS         exercise, grade and bench
-
+The grader comes first, then the exercises, the grader's own tests, all the rest in the order of
+diffusevae.py, where a test that needs an unsolved exercise is skipped, and the lecturer's commands.
 No network, no GPU; the data files are made on the spot.
 """
 
@@ -210,9 +205,6 @@ class Own:
         return weight_a * a + weight_b * b
 
 
-# ---- Replacing and limiting ----------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replaced(functions):
     """The graded module with some of its functions replaced."""
@@ -395,8 +387,6 @@ def pytest_terminal_summary(terminalreporter):
 
 # ==== PART 1. THE EXERCISES =======================================================================
 
-# ---- The VAE -------------------------------------------------------------------------------------
-
 
 @exercise('reparameterize', points=1)
 class TestReparameterize:
@@ -406,14 +396,6 @@ class TestReparameterize:
         logvar = tensor([math.log(4), 0])
         eps = tensor([0.5, 2])
         assert torch.allclose(dv.reparameterize(mu, logvar, eps), tensor([2, -1]))
-
-    def test_moments(self):
-        """z has mean mu and variance exp(logvar) if eps has mean 0 and variance 1."""
-        mu = tensor([1, -2])
-        logvar = tensor([0.5, -1])
-        z = dv.reparameterize(mu.expand(4000, 2), logvar.expand(4000, 2), randn(4000, 2))
-        assert torch.allclose(z.mean(0), mu[0], atol=0.06)
-        assert torch.allclose(z.var(0), logvar[0].exp(), rtol=0.1)
 
     def test_gradient(self):
         """dz/dmu = 1 and dz/dlogvar = sigma eps / 2: the sample is differentiable in both."""
@@ -772,15 +754,6 @@ class TestTimeEmbedding:
             assert torch.cdist(embedding, embedding).fill_diagonal_(9).min() > 1e-3
         assert dv.time_embedding(torch.arange(3, device='meta'), 8).device.type == 'meta'
 
-    def test_circles(self):
-        """Each pair lies on the unit circle and turns by its own constant angle a step."""
-        embedding = dv.time_embedding(torch.arange(1000), 32).double()
-        pair = torch.complex(embedding[:, :16], embedding[:, 16:])
-        assert torch.allclose(pair.abs(), tensor(1.0), atol=1e-5)
-        turn = (pair[1:] / pair[:-1]).angle()
-        frequency = torch.exp(-math.log(1e4) * torch.arange(16, dtype=torch.float64) / 16)
-        assert torch.allclose(turn, frequency.expand(999, 16), atol=1e-3)
-
 
 @exercise('network_input', points=1)
 class TestNetworkInput:
@@ -863,12 +836,6 @@ class TestSlerp:
         a, b = tensor(1.0, 0.0), tensor(1.0, 3**0.5)  # of lengths 1 and 2
         assert torch.allclose(dv.slerp(a, b, 0.5), (a + b) / 3**0.5)
         assert torch.allclose(dv.slerp(b, a, 0.5), (a + b) / 3**0.5)
-
-    def test_variance(self):
-        """Between two noises it stays noise of variance 1, where their mean has half of it."""
-        a, b = randn(2, 3, 32, 32)
-        for w in (0.25, 0.5):
-            assert abs(dv.slerp(a, b, w).var() - 1) < 0.05
 
     def test_same_angle_a_step(self):
         """Equal steps of w turn by equal angles, for images as one vector each."""
@@ -1119,9 +1086,6 @@ CALLS = {
 }
 
 
-# ---- Which mistake it is -------------------------------------------------------------------------
-
-
 def flat(answer):
     """All tensors of a solution's answer, or of its arguments."""
     if answer is None or isinstance(answer, str) or callable(answer):
@@ -1246,32 +1210,6 @@ def test_grader_passes_different_solutions(name):
         assert looks_like(name, solution) is None
 
 
-# Mistakes in the words of diffusevae.py: the exercise, the mistake's name (None: another one than
-# those in WRONG), a text of the solution there, and what replaces it.
-MISTAKES_OF_STUDENTS = [
-    ('reparameterize', None, 'logvar / 2', 'logvar / 3'),
-    ('kl_divergence', 'mean over z for the sum', '.sum(dim=1)', '.mean(dim=1)'),
-    ('linear_schedule', 'float32 for float64', 'float64', 'float32'),
-    ('q_posterior', 'alpha_bar for its ratio', 'alpha_bar / alpha_bar_prev', 'alpha_bar'),
-    ('ddpm_step', 'noise in the last step', 'alpha_bar_prev == 1', 'alpha_bar_prev == 2'),
-    ('ema_update', 'the larger decay of both', 'min(decay', 'max(decay'),
-    ('em_step', 'cov without correction=0', 'correction=0, ', ''),
-    ('slerp', 'w squared', '(w * theta)', '(w * w * theta)'),
-]
-
-
-def test_mistakes_of_students_are_named():
-    """A mistake is recognised by what it does, however the rest of the solution is written."""
-    skip_unless_all_are_solved()
-    for name, mistake, old, new in MISTAKES_OF_STUDENTS:
-        source = inspect.getsource(getattr(dv, name))
-        assert old in source, (name, old)
-        start, end = source.rsplit(old, 1)
-        scope = dict(vars(dv))
-        exec(start + new + end, scope)
-        assert looks_like(name, scope[name]) == mistake, (name, mistake)
-
-
 def test_grader_stops_an_endless_loop():
     """A solution that never ends, and catches every Exception, fails all tests of its exercise."""
 
@@ -1280,7 +1218,7 @@ def test_grader_stops_an_endless_loop():
             with contextlib.suppress(Exception):
                 sum(range(1000))
 
-    assert len(grade('slerp', endless, seconds=0.1)) == 6
+    assert len(grade('slerp', endless, seconds=0.1)) == len(properties('slerp'))
 
 
 def test_blanked_file_lacks_the_chosen_exercises_and_nothing_else(tmp_path, capsys):
@@ -1841,11 +1779,6 @@ def test_shapes_repeat_and_their_factors_describe_them():
     for axis, name in ((1, 'x'), (2, 'y')):
         center = (inside.sum(axis) * grid).sum(1) / inside.sum((1, 2))
         assert (center - 0.435 - 0.13 * factors[name]).abs().max() < 0.03
-
-    circle = factors['kind'] == 1
-    area = inside.mean((1, 2))[circle]
-    radius = 0.95 * (0.27 + 0.08 * factors['size'][circle].double())
-    assert torch.allclose(area, math.pi * (radius + 1 / 32) ** 2, rtol=0.15)  # its edge is soft
 
     # No held-out shape is among those for training; a few are the first of all.
     train = load_images('shapes')
@@ -3016,15 +2949,12 @@ HEADER = """\
 # Read from the top. Where you come to an EXERCISE, its docstring and the comment below it say what
 # the function does. Replace the line with NotImplementedError, and leave name and arguments as they
 # are. Any order will do: each is graded by itself, with right formulas in place of all the others.
-#
 # With this file as diffusevae.py, in a folder with test_diffusevae.py, you grade yourself by
 #
 #   python test_diffusevae.py grade diffusevae.py
-#   python -m pytest test_diffusevae.py -k TestQSample   # one exercise, with its tracebacks
 #
 # An exercise has all of its points or none. alpha_bar may be a tensor or a float, which has no
-# method `sqrt`: `alpha_bar**0.5` works for both. Once all are solved, this file trains as the
-# original does: python diffusevae.py train --stage 1
+# method `sqrt`: `alpha_bar**0.5` works for both. Once all are solved, this file trains.
 """
 
 
