@@ -949,9 +949,6 @@ class Images:
     pixels: torch.Tensor
     labels: dict
 
-    def __len__(self):
-        return len(self.pixels)
-
     def batch(self, indices):
         """The images of those indices, or of a slice: floats in [0, 1], [B, C, H, W]."""
         return self.pixels[indices].float() / 255
@@ -1243,8 +1240,8 @@ def write_atomically(path, write):
 # it has a value for: so argparse itself refuses what would be ignored. The values of a training run
 # come from a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
 
-# Formulation 1, Formulation 2, and the baseline without drafts.
-FORMS = ('1', '2', 'uncond')
+# Formulation 1, Formulation 2, and the baseline without drafts, and their names in files and rows.
+FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}
 
 
 def flag(name):
@@ -1546,13 +1543,8 @@ def build(settings, channels):
 
 def checkpoint_path(out, form):
     """Where the checkpoint of a form of stage 2 is; for None, that of stage 1."""
-    name = 'stage1.pt' if form is None else f'stage2-{name_of(form)}.pt'
+    name = 'stage1.pt' if form is None else f'stage2-{FORMS[form]}.pt'
     return Path(out).expanduser() / name
-
-
-def name_of(form):
-    """A form in the names of files and rows: form1, form2 or uncond."""
-    return form if form == 'uncond' else f'form{form}'
 
 
 def load_checkpoint(path):
@@ -1594,7 +1586,7 @@ def load_training_images(settings, path):
     # The first eight images tell a set from others. (A slice without `clone` would be saved with
     # all the memory that it is a part of.)
     first = images.pixels[:8].clone()
-    return images, held_out, {'number': len(images), 'channels': channels, 'first': first}
+    return images, held_out, {'number': len(images.pixels), 'channels': channels, 'first': first}
 
 
 def same_images(facts, other_facts):
@@ -1616,7 +1608,7 @@ def training_inputs(model, images, settings, step, device):
     # Draw the batch: which images, which of them mirrored, and what the module asks for. Images are
     # drawn with replacement: without epochs a step depends on no step before it.
     generator = make_generator(settings.seed, 'step', step)
-    indices = torch.randint(len(images), (settings.batch,), generator=generator)
+    indices = torch.randint(len(images.pixels), (settings.batch,), generator=generator)
     mirrored = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5 * settings.flip
     inputs = model.random_inputs((settings.batch, *images.pixels.shape[1:]), generator)
 
@@ -1687,7 +1679,7 @@ def find_run(typed, device):
     return path, resolve(typed, same, path_1), None, first
 
 
-def new_model(settings, first, images):
+def new_model(settings, first, images, device):
     """The module of a run at step 0. first: the `Trained` stage 1 that it builds on, or None."""
     # torch draws initial weights from its own generator: they are a function of the seed.
     torch.manual_seed(settings.seed)
@@ -1695,7 +1687,8 @@ def new_model(settings, first, images):
     if settings.stage == 2:
         if model.vae is not None and first is not None:
             model.vae.load_state_dict(first.model.state_dict())
-        return model
+        model.unet.bfloat16 = has_fast_bfloat16(device)
+        return model.to(device)
 
     # The small VAE trains for minutes. With He's initial weights its blocks contribute from the
     # start, and places are learnt sooner (NOTES 4). The paper's presets keep torch's.
@@ -1712,7 +1705,7 @@ def new_model(settings, first, images):
     mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
     model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
     model.head.bias.data.copy_(torch.logit(mean))
-    return model
+    return model.to(device)
 
 
 def train(typed):
@@ -1736,15 +1729,13 @@ def train(typed):
 
     # The images. A run goes on with those that it, or its stage 1, began with.
     images, held_out, facts = load_training_images(settings, path)
-    progress.show(f'--data {settings.data}: {len(images)} images', end=True)
+    progress.show(f'--data {settings.data}: {facts["number"]} images', end=True)
     known = saved['images'] if saved else first.facts if first else facts
     if not same_images(facts, known):
         raise UserError(f'--data {settings.data}: not the images that {path.parent} began with')
 
     # The model, and its averaged copy, which is what samples are drawn with.
-    model = new_model(settings, first, images).to(device)
-    if settings.stage == 2:
-        model.unet.bfloat16 = has_fast_bfloat16(device)
+    model = new_model(settings, first, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=True)
@@ -1753,6 +1744,7 @@ def train(typed):
         averaged.load_state_dict(saved['ema'])
         optimizer.load_state_dict(saved['optimizer'])
     trained = Trained(path, settings, averaged, facts, start, device)
+    x = held_out.batch(slice(16))  # for the picture of stage 1
 
     # Of several processes each has all weights and a share of the batch. DistributedDataParallel
     # averages the gradients over them, during the backward pass: so all take the same step.
@@ -1807,7 +1799,12 @@ def train(typed):
             content |= dict(model=model.state_dict(), ema=averaged.state_dict())
             content |= dict(optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
-            write_grid(path.with_suffix('.png'), trained.preview(held_out))
+            if settings.stage == 1:
+                codes, _ = trained.encode(x)
+                shown = [('y', model.signal(x)), ('draft', trained.decode(codes))]
+            else:
+                shown = rows_of(*trained.generate(16))
+            write_grid(path.with_suffix('.png'), shown)
             saved_at = time.monotonic()
 
     progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
@@ -1857,7 +1854,9 @@ class Trained:
     def encode_all(self, images):
         """q(z|x_0) of all `Images`."""
         # In chunks: as floats a whole set would be four times as large as its bytes.
-        parts = [self.encode(images.batch(i)) for i in torch.arange(len(images)).split(CHUNK)]
+        parts = [
+            self.encode(images.batch(i)) for i in torch.arange(len(images.pixels)).split(CHUNK)
+        ]
         mu, logvar = zip(*parts)
         return torch.cat(mu), torch.cat(logvar)
 
@@ -1933,16 +1932,9 @@ class Trained:
         codes = self.encode(draft)[0] if z is None else z
         return self.paint(options, codes, self.shared_noise(options.seed), draft)
 
-    def preview(self, held_out):
-        """Rows for a look at a run: y above drafts (stage 1), drafts above samples (stage 2)."""
-        if self.settings.stage == 2:
-            return rows_of(*self.generate(16))
-        x = held_out.batch(slice(16))
-        return [('y', self.vae.signal(x)), ('draft', self.decode(self.encode(x)[0]))]
-
     def write_picture(self, name, rows, columns=()):
         """Write rows [(label, images)] beside the checkpoint, and say where."""
-        path = self.path.with_name(f'{name}-{name_of(self.settings.form)}.png')
+        path = self.path.with_name(f'{name}-{FORMS.get(self.settings.form, "vae")}.png')
         write_grid(path, rows, columns)
         print(path)
 
@@ -2003,7 +1995,7 @@ def write_pngs(trained, options):
     The folder's name says what they were made with. So files that exist are kept, and an
     interrupted command goes on. Processes of torchrun share the chunks.
     """
-    name = f'{name_of(trained.settings.form)}-trained{trained.step}-seed{options.seed}'
+    name = f'{FORMS[trained.settings.form]}-trained{trained.step}-seed{options.seed}'
     name += f'-{options.sampler}-{options.spacing}{options.steps}'
     name += f'-guidance{options.guidance:g}' if options.guidance else ''
     name += f'-gmm{options.gmm}' if options.gmm else ''
@@ -2054,7 +2046,7 @@ def load_for_pictures(options, n):
     """
     trained = next(load_all(options))
     held_out = trained.images(train=False, num=n)
-    x = held_out.batch([i % len(held_out) for i in range(n)])
+    x = held_out.batch([i % len(held_out.pixels) for i in range(n)])
     mu, _ = trained.encode(x)
     return trained, x, mu
 
@@ -2108,7 +2100,7 @@ def chain(options):
         how = options if run is trained else replace(options, guidance=0.0)
         _, refined = run.paint(how, mu, run.shared_noise(options.seed), watch=watch)
         passed.reverse()
-        for i, label in enumerate((name_of(run.settings.form), 'x_0_pred')):
+        for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
             images = torch.cat([passed[time][i] for time in picked])
             rows.append((label, torch.cat([refined, (images + 1) / 2])))
     trained.write_picture('chain', rows, columns)
@@ -2319,8 +2311,9 @@ def mixture_of_codes(trained, K):
     fitted to z ~ q(z|x_0) do so less often.
     """
     images = trained.images(train=True)
-    if len(images) < K:
-        raise UserError(f'--gmm {K}: there are {len(images)} training images')
+    number = len(images.pixels)
+    if number < K:
+        raise UserError(f'--gmm {K}: there are {number} training images')
     mu, logvar = trained.encode_all(images)
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
@@ -2338,9 +2331,9 @@ def evaluate(options):
     # order. The floor takes other training images for each seed.
     held_out = runs[0].images(train=False, num=options.num)
     training = runs[0].images(train=True, num=options.num * options.seeds)
-    num = min(len(held_out), len(training) // options.seeds)
+    num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
     if num < 2:
-        raise UserError(f'--seeds {options.seeds}: too few images, {len(held_out)} held out')
+        raise UserError(f'--seeds {options.seeds}: too few images, {len(held_out.pixels)} held out')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 
@@ -2360,7 +2353,7 @@ def evaluate(options):
     # All models with the same sampler and spacing, row by row: like is compared with like.
     seeds = range(options.seed, options.seed + options.seeds)
     for run in runs:
-        form = name_of(run.settings.form)
+        form = FORMS[run.settings.form]
         for steps in options.steps:
             own = replace(options, num=num, steps=steps)
             if form == 'uncond':  # it has no codes, and no draft to be guided by
