@@ -1799,6 +1799,9 @@ def train(typed):
             content |= dict(model=model.state_dict(), ema=averaged.state_dict())
             content |= dict(optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
+
+            # Stage 1 shows what the VAE models of held-out images, above their drafts; stage 2 drafts
+            # above new images.
             if settings.stage == 1:
                 codes, _ = trained.encode(x)
                 shown = [('y', model.signal(x)), ('draft', trained.decode(codes))]
@@ -1941,6 +1944,7 @@ class Trained:
 
 def rows_of(drafts, refined):
     """Rows of a picture: drafts, if there are any, above refined images."""
+    # The baseline has none.
     return [('refined', refined)] if drafts is None else [('draft', drafts), ('refined', refined)]
 
 
