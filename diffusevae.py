@@ -1800,8 +1800,8 @@ def train(typed):
             content |= dict(optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
 
-            # Stage 1 shows what the VAE models of held-out images, above their drafts; stage 2 drafts
-            # above new images.
+            # Stage 1 shows what the VAE models of held-out images, above their drafts, and stage 2
+            # drafts above new images.
             if settings.stage == 1:
                 codes, _ = trained.encode(x)
                 shown = [('y', model.signal(x)), ('draft', trained.decode(codes))]
