@@ -1557,9 +1557,10 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location='cpu', weights_only=True)
         if not saved['settings'] or not saved['images']:
             raise ValueError('it is empty')
+    except (OSError, MemoryError):
+        raise  # the file may be good
     except Exception as error:  # torch raises nearly anything on a damaged file
-        reason = f'no checkpoint of this program ({type(error).__name__})'
-        raise UserError(f'{path}: {reason}; move it away') from error
+        raise UserError(f'{path}: no checkpoint of this program; move it away') from error
     return saved
 
 
@@ -1710,9 +1711,8 @@ def new_model(settings, first, images, device):
 
 def train(typed):
     """The command `train`: start, resume or extend a run. typed: the options that were given."""
-    # Both stages go through here. What tells them apart is in the module and its settings.
-    #
-    # What cannot be, fails here, before pictures are read.
+    # Both stages go through here; what tells them apart is in the module and its settings. First,
+    # what cannot be fails, before pictures are read.
     device = choose_device(typed.get('device'))
     path, settings, saved, first = find_run(typed, device)
     refuse_what_does_not_fit(settings)
@@ -2315,9 +2315,8 @@ def mixture_of_codes(trained, K):
     fitted to z ~ q(z|x_0) do so less often.
     """
     images = trained.images(train=True)
-    number = len(images.pixels)
-    if number < K:
-        raise UserError(f'--gmm {K}: there are {number} training images')
+    if len(images.pixels) < K:
+        raise UserError(f'--gmm {K}: there are {len(images.pixels)} training images')
     mu, logvar = trained.encode_all(images)
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()

@@ -611,7 +611,7 @@ class TestQPosterior:
         assert abs(x_prev.var() / (1 - alpha_bar_prev) - 1) < 0.02
 
 
-# alpha_bar and alpha_bar_prev of steps: between neighbours, and on coarser grids.
+# Times of steps, and their alpha_bar and alpha_bar_prev, between neighbours and on coarser grids.
 PAIRS = torch.tensor([(999, 998), (999, 300), (40, 3), (1, 0)])
 STEPS = ALPHA_BAR[PAIRS].tolist()
 
@@ -631,8 +631,8 @@ class TestDDPMStep:
     def test_large(self):
         """With the "large" variance: the same mean, and beta of the two grid points."""
         x_t, x_0, noise = randn(3, 50)
-        for alpha_bar, alpha_bar_prev in STEPS:
-            beta = 1 - alpha_bar / alpha_bar_prev
+        for (alpha_bar, alpha_bar_prev), (t, t_prev) in zip(STEPS, PAIRS):
+            beta = 1 - torch.prod(1 - BETA[t_prev + 1 : t + 1])
             mean = dv.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, 0 * noise, 'large')
             assert torch.allclose(mean, Own.q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev)[0])
             step = dv.ddpm_step(x_t, x_0, alpha_bar, alpha_bar_prev, noise, 'large')
@@ -1519,10 +1519,11 @@ def test_times_for_every_number_of_steps():
                     assert grid[0] == total - 1
     assert dv.uniform_times(schedule, 10) == [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]
     assert dv.quadratic_times(schedule, 5) == [800, 450, 200, 50, 0]
-    cosine = torch.cos(torch.linspace(0.01, 1.569, 400)) ** 2
-    start = dv.quadratic_times(cosine.tolist(), 10)[0]
+    cosine = torch.cos(torch.linspace(0.01, 1.569, 400, dtype=torch.float64)) ** 2
+    diffusion = dv.Diffusion(cosine)
+    assert diffusion.schedule == cosine.tolist() and diffusion.alpha_bar.dtype == torch.float32
+    start = dv.quadratic_times(diffusion.schedule, 10)[0]
     assert cosine[start].sqrt() < 0.039 <= cosine[start - 1].sqrt()
-    assert dv.uniform_times(schedule, 1000) == list(range(999, -1, -1))
 
 
 # ---- 3. U-Net ------------------------------------------------------------------------------------
@@ -1927,8 +1928,7 @@ def test_every_picture_of_a_folder_is_found_once(tmp_path):
 
 
 def test_unreadable_files_are_counted_in_one_line_and_left_out(tmp_path, capsys):
-    """60 pictures and 300 truncated ones are 60 images; floats, of which nothing says what is
-    white, are no pictures either."""
+    """60 pictures, 299 truncated ones and one of floats, of no known white, are 60 images."""
     for i in range(60):
         picture(tmp_path / f'{i}.png', colour=(4 * i, 0, 0))
     whole = (tmp_path / '0.png').read_bytes()
