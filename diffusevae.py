@@ -32,7 +32,6 @@ Part 3 can be read right after Part 1.
 """
 
 import argparse
-import contextlib
 import copy
 import glob
 import hashlib
@@ -45,7 +44,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -56,13 +55,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageOps
 from torch.distributions import MultivariateNormal
-from torchvision import datasets, utils
+from torchvision import datasets
 from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_pil_image
 
 # ==== PART 1: THE METHOD ==========================================================================
 #
-# Tensors go in and tensors come out; files and data sets come later. Whoever stops after this part
-# has seen the model, both losses and the sampler.
+# Tensors go in and tensors come out; files and data sets come later.
 #
 # Symbols:
 #   B, C, H, W    images in a batch, channels, height, width
@@ -90,13 +88,15 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (It bounds image and signal together: where y is the image, once as drafted, once as refined.)
+# (It bounds image and signal together. Where y is the image itself, that counts the image twice,
+# once as the VAE models it and once as the diffusion model does.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
 # Two things are written differently here: the paper's q(z|y, x_0) is q(z|x_0), as y is a function
-# of x_0; and x_hat(z) stands for y and z where it is all that the diffusion model will be shown.
+# of x_0; and the diffusion model, which the paper conditions on y and z, is conditioned on x_hat,
+# as that is all it will be shown of them. (Only where the U-Net has a z_dim, it is shown z, too.)
 
 
 def reparameterize(mu, logvar, eps):
@@ -206,8 +206,9 @@ class VAE(nn.Module):
         self.kl_weight = kl_weight
         self.signal = SIGNALS[signal]
 
-        # The mean colour of the training set is subtracted from what the encoder sees. This is an
-        # addition to the paper (NOTES 4); it is set when training begins.
+        # The mean colour of y over the training set is subtracted from what the encoder sees: else
+        # the code may die where most pixels are black or white (NOTES 4). This is an addition to
+        # the paper. Training sets it when it begins.
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -237,7 +238,8 @@ class VAE(nn.Module):
     def random_inputs(self, shape, generator):
         """The noise that `forward` needs for images of a shape (B, C, H, W), by name.
 
-        `forward` does not draw it, since training seeds it for each step (section 7).
+        `forward` is given it, so that its result is a function of its arguments: what training
+        needs in order to resume exactly, and to share a batch among GPUs (section 7).
         """
         return {'eps_z': torch.randn(shape[0], self.z_dim, generator=generator)}
 
@@ -397,29 +399,26 @@ def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     return alpha_bar_prev**0.5 * x_0_pred + direction + sigma * noise
 
 
-# All samplers are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev. DDIM
-# with noise would be one more line, partial(ddim_step, eta=0.5).
-SAMPLERS = {
-    'ddpm': ddpm_step,
-    'ddpm-large': partial(ddpm_step, variance='large'),
-    'ddim': ddim_step,
-}
+# All samplers are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev.
+SAMPLERS = {'ddpm': ddpm_step, 'ddim': ddim_step}
+SAMPLERS['ddpm-large'] = partial(ddpm_step, variance='large')
 
 
 def uniform_times(schedule, steps):
     """`steps` times of a schedule [T] in equal strides, from T - 1 down."""
     T = len(schedule)
-    return [math.floor(i * T / steps + 0.5) - 1 for i in range(steps, 0, -1)]
+    return [round(i * T / steps) - 1 for i in range(steps, 0, -1)]
 
 
 def quadratic_times(schedule, steps):
     """`steps` distinct times of a schedule [T], denser towards 0: the paper's for few steps."""
     # t_i = (i / (steps - 1))^2 t_start
     #
-    # It is dense near 0, where fine detail is decided. DDIM starts at 0.8 T, where sqrt(alpha_bar),
-    # the factor of x_0 in x_t, is 0.039 for the linear schedule with T = 1000. For any schedule
-    # t_start is the first time below this. (So the chain starts from N(0, I) where x_t is not quite
-    # that.) A single step cannot be both at t_start and at 0.
+    # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
+    # 0.8 T, where sqrt(alpha_bar), the factor of x_0 in x_t, is 0.039 for the linear schedule with
+    # T = 1000. Here t_start is the first time below this: the same, but it suits other schedules,
+    # too. (N(0, I) lacks these 4% of the image.) A single step starts at T - 1, as always if the
+    # grid is uniform.
     T = len(schedule)
     if steps == 1:
         return [T - 1]
@@ -452,14 +451,17 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
     # and in the product the fractions cancel in pairs. What is left is a sum: for each t > 1 a term
-    # -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ), one for t = 1 that is much like them, and one
-    # for x_T, in which there is nothing to learn (NOTES 2.7).
+    # -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1 the term log p(x_0|x_1); and one for
+    # x_T, in which there is nothing to learn (NOTES 2.7).
     #
     # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred. So it is
     # the squared difference of these over twice a variance, plus a constant. In terms of eps that
-    # is w_t (eps - eps_theta)^2, with w_t by far the largest at small t. DDPM sets all w_t to 1.
-    # The bound gets worse and the images get better: less of the network is spent on small t, where
-    # the noise is too faint to be seen.
+    # is w_t (eps - eps_theta)^2, w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With
+    # the small variance w_t falls from 0.6 at t = 2 to 0.01 at T: an error of eps makes a large one
+    # of x_0_pred there, but the posterior hardly looks at x_0_pred.
+    #
+    # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
+    # spent on small t, where the noise is too faint to be seen.
     alpha_bar_t = rearrange(alpha_bar[t], 'b -> b 1 1 1')
     x_t = q_sample(x_0, alpha_bar_t, eps)  # [B, C, H, W]
     return F.mse_loss(eps_theta(x_t, t), eps)
@@ -475,14 +477,14 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, eps_theta, x_T, draw_noise, steps, sampler='ddpm', spacing='quadratic', watch=None
+        self, eps_theta, x_T, draw_noise, steps, sampler='ddpm', spacing='quadratic', passed=None
     ):
         """Run the reverse chain from x_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
 
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
         broadcasts to x_T's: [1, C, H, W] if all images share it.
         sampler, spacing: names in SAMPLERS and SPACINGS.
-        watch: None, or a function that is called in each step with x_t and x_0_pred.
+        passed: None, or a list to which each step adds (x_t, x_0_pred).
         """
         times = SPACINGS[spacing](self.schedule, steps)
         alpha_bars = [self.schedule[t] for t in times]
@@ -497,8 +499,8 @@ class Diffusion(nn.Module):
             # ... and which clean image that implies. Pixels lie in [-1, 1]; where t is large and
             # errors of eps are multiplied, the clip keeps the chain on course.
             x_0_pred = predict_x0(x_t, alpha_bar, eps).clamp(-1, 1)
-            if watch is not None:
-                watch(x_t, x_0_pred)
+            if passed is not None:
+                passed.append((x_t, x_0_pred))
 
             # Take one step towards it, back to the next time of the grid.
             x_t = step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, draw_noise())
@@ -530,9 +532,7 @@ def time_embedding(t, width):
 def embedding_mlp(width, embedding_dim):
     """Two linear layers that turn the time embedding, or z, into what residual blocks are told."""
     return nn.Sequential(
-        nn.Linear(width, embedding_dim),
-        nn.SiLU(),
-        nn.Linear(embedding_dim, embedding_dim),
+        nn.Linear(width, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
     )
 
 
@@ -556,12 +556,9 @@ class Attention(nn.Module):
     def forward(self, h):
         # Each pixel makes a query, a key and a value. The channels are split among heads, since one
         # softmax gives one weighting of the other pixels: several heads look at several things.
-        query, key, value = rearrange(
-            self.qkv(self.norm(h)),  # [B, 3 C, H, W]
-            'b (qkv heads d) y x -> qkv b heads (y x) d',
-            qkv=3,
-            heads=self.heads,
-        )
+        qkv = self.qkv(self.norm(h))  # [B, 3 C, H, W]
+        split = 'b (qkv heads d) y x -> qkv b heads (y x) d'
+        query, key, value = rearrange(qkv, split, qkv=3, heads=self.heads)
 
         # softmax(query key^T / sqrt(d)) value: a mean of the values of all pixels, weighted by how
         # well their keys fit the query. sqrt(d) keeps the softmax from saturating as d grows.
@@ -600,8 +597,7 @@ class ResBlock(nn.Module):
         branch = self.conv1(F.silu(self.norm1(h)))  # [B, out_channels, H, W]
 
         # Tell every pixel the time, and z, if the network was built for it: one number a channel,
-        # added before the norm, or two, a scale and a shift after it. All pixels are told the same,
-        # because time and z are the same for all of them.
+        # added before the norm, or two, a scale and a shift after it.
         embedding = self.project(F.silu(embedding))  # [B, out_channels], or twice as many
         embedding = rearrange(embedding, 'b c -> b c 1 1')
         if self.scale_shift:
@@ -696,10 +692,8 @@ class UNet(nn.Module):
 
     def forward(self, x_in, t, z=None):
         # Where the device is fast at bfloat16, autocast computes the products in it.
-        precision = contextlib.nullcontext()
-        if self.bfloat16:
-            precision = torch.autocast(x_in.device.type, torch.bfloat16)
-        with precision:
+        device_type = x_in.device.type if self.bfloat16 else 'cpu'
+        with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
             if self.z_mlp is not None:
                 embedding = embedding + self.z_mlp(z)
@@ -721,8 +715,8 @@ class UNet(nn.Module):
                 else:
                     h = layer(h)  # twice the resolution
 
-        # The last layers compute in float32: it costs little, and with bfloat16 here, too, the
-        # error of x_0_pred at t = T was 0.62 instead of 0.44 (NOTES 4).
+        # The last layers compute in float32, which costs little: their output has then no rounding
+        # of its own, which x_0_pred would multiply by 157 at t = T (NOTES 4).
         return self.head(F.silu(self.head_norm(h.float())))  # [B, out_channels, size, size]
 
 
@@ -738,6 +732,7 @@ class UNet(nn.Module):
 # what the paper calls x_t there,
 #
 #   q(x'_1|x_0, x_hat)      = N(sqrt(1 - beta_1) x_0 + x_hat, beta_1 I)
+#   and for t > 1
 #   q(x'_t|x'_{t-1}, x_hat) = N(sqrt(1 - beta_t) x'_{t-1} + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
 #   hence q(x'_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I) for t >= 1
 #
@@ -847,7 +842,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's;
+        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's, beside the z that it
+        belongs to;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         The baseline returns None for the draft. To be called in eval mode, without dropout.
@@ -876,7 +872,6 @@ class DiffuseVAE(nn.Module):
 
 # ==== PART 2: RUNNING IT ==========================================================================
 # What a training run needs besides the method: images, settings, a loop, and pictures to look at.
-# A reader who came for the method may leave here; one who wants to train should read on.
 
 
 class UserError(Exception):
@@ -909,13 +904,11 @@ def make_generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def processes():
-    """(rank, world): which of how many processes this one is. torchrun says so; else (0, 1)."""
-    # A RANK that some other program left in the environment does not count: a process that takes
-    # itself for the second of two would train, and save nothing.
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        return int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])
-    return 0, 1
+# Which of how many processes this one is: torchrun says so. (A RANK that some other program left in
+# the environment does not count: as the second of two this one would train, and save nothing.)
+TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ
+RANK = int(os.environ['RANK']) if TORCHRUN else 0
+WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
 
 
 class Progress:
@@ -925,9 +918,8 @@ class Progress:
 
     def show(self, text, end=False):
         """Print the line, or drop it if the last one is too recent and this is not the end."""
-        rank, _ = processes()
         now = time.monotonic()
-        if rank > 0 or (now < self.due and not end):
+        if RANK > 0 or (now < self.due and not end):
             return
         terminal = sys.stdout.isatty()
         self.due = now + (0.1 if terminal else 10)
@@ -1018,8 +1010,7 @@ def load_shapes(data, root, size, train, num):
         raise UserError(f'--size {size}: --data shapes has up to 64 pixels a side')
     n = 20_000 if train else 2_000
     pixels, factors = draw_shapes(n, make_generator('shapes', train), size)
-    factors = {name: factor[:num] for name, factor in factors.items()}
-    return Images(pixels[:num], factors)
+    return Images(pixels[:num], {name: factor[:num] for name, factor in factors.items()})
 
 
 def download(dataset, data, root, **split):
@@ -1067,18 +1058,16 @@ def read_picture(path, size, crop):
     # What is transparent has a colour that nobody was meant to see: it becomes white.
     if picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
         picture = picture.convert('RGBA')
-        white = Image.new('RGBA', picture.size, 'white')
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
 
+    picture = picture.convert('RGB')
     if crop:
-        picture = ImageOps.fit(picture.convert('RGB'), (size, size), method=Image.LANCZOS)
-    else:
-        picture = picture.convert('RGB').resize((size, size))
-    return pil_to_tensor(picture)
+        picture = ImageOps.fit(picture, (size, size), method=Image.LANCZOS)
+    return pil_to_tensor(picture.resize((size, size)))
 
 
 def read_pictures(paths, size, crop):
-    """The pictures that can be read: uint8 [N, C, size, size], and which they are, bool [paths].
+    """The pictures that can be read: uint8 [N, C, size, size], and the indices of their paths.
 
     C is 1 if all are grey, else 3. What cannot be read is counted in one line and left out.
     """
@@ -1089,31 +1078,26 @@ def read_pictures(paths, size, crop):
         if len(paths) > room:
             raise UserError(f'--data: of {len(paths)} pictures {room} fit into the memory')
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-    errors = []
+    errors = {}
 
     def read(i):
         try:
             pixels[i] = read_picture(paths[i], size, crop)
         except Exception as error:  # on a broken file Pillow's decoders raise nearly anything
-            errors.append(f'{paths[i]}: {error}')  # as text: the error itself holds the picture
-            return False
-        return True
+            errors[i] = f'{paths[i]}: {error}'  # as text: the error itself holds the picture
 
-    # Threads, since Pillow decodes outside of Python's lock. On Ctrl-C what waits is dropped.
+    # Threads, since Pillow decodes outside of Python's lock. On Ctrl-C `map` drops what waits.
     progress = Progress()
     progress.due = time.monotonic() + 3  # by when a small folder is read
-    pool = ThreadPoolExecutor()
-    good = torch.ones(len(paths), dtype=torch.bool)
-    try:
-        for i, is_good in enumerate(pool.map(read, range(len(paths)))):
-            good[i] = is_good
+    with ThreadPoolExecutor() as pool:
+        for i, _ in enumerate(pool.map(read, range(len(paths)))):
             progress.show(f'reading pictures: {i + 1} of {len(paths)}')
-    finally:
-        pool.shutdown(cancel_futures=True)
 
+    good = [i for i in range(len(paths)) if i not in errors]
     if errors:
-        message = f'{len(errors)} of {len(paths)} pictures cannot be read, for example {errors[0]}'
-        if not good.any():
+        example = errors[min(errors)]
+        message = f'{len(errors)} of {len(paths)} pictures cannot be read, for example {example}'
+        if not good:
             raise UserError(f'--data: {message}')
         complain(f'warning: {message}; they are left out')
         pixels = pixels[good]
@@ -1137,9 +1121,6 @@ def load_celeba(data, root, size, train, num):
 
 def load_folder(data, root, size, train, num):
     """All pictures below the folder `data`, in an order that depends on their names alone."""
-    if not Path(data).is_dir():
-        raise UserError(f'--data {data}: no such folder, and not one of {", ".join(DATA_SETS)}')
-
     # Hidden files are passed over, and links are followed. A link may lead back up, or two to one
     # file: of each file one name counts, so that no picture is both trained on and held out.
     names = sorted(glob.glob('**/*.*', root_dir=data, recursive=True))
@@ -1149,7 +1130,7 @@ def load_folder(data, root, size, train, num):
     suffixes = Image.registered_extensions()
     pictures = [name for name in one_name.values() if Path(name).suffix.lower() in suffixes]
     if len(pictures) < 2:
-        raise UserError(f'--data {data}: needs at least 2 pictures, has {len(pictures)}')
+        raise UserError(f'--data {data}: not {", ".join(DATA_SETS)}, nor a folder of 2 pictures')
 
     # Held out is what has one of the lowest 5% of hashes. By a hash, not by chance: so held-out
     # pictures stay held out when files are added. Sorted by it they are in random order, too.
@@ -1192,30 +1173,23 @@ def write_grid(path, rows, columns=()):
 
     Labels stand in the left margin, `columns` above the images.
     """
-    # torchvision makes the grid. What it lacks are labels, without which a row could be anything.
-    height, width = rows[0][1].shape[2:]
-    n = max(len(images) for _, images in rows)
-
-    # One sheet of images, white where a row is shorter; small images are enlarged.
-    cells = []
-    for _, images in rows:
-        white = torch.ones(n - len(images), images.shape[1], height, width)
-        cells += [images.cpu(), white]
-    pixels = to_uint8(torch.cat(cells))
-    grid = to_pil_image(utils.make_grid(pixels, nrow=n, padding=1, pad_value=255))
+    # A white sheet. Small images are enlarged; each has a margin of one of its pixels.
+    width = rows[0][1].shape[3]
     scale = max(1, 64 // width)
     cell = scale * (width + 1)  # from one image to the next
-
-    # Margins with the labels.
-    left = 64
-    top = 16 if columns else 0
-    sheet = ImageOps.scale(grid, scale, Image.NEAREST)
-    sheet = ImageOps.expand(sheet, (left, top, 0, 0), 'white')
+    left, top = 64, 16  # for the labels
+    n = max(len(images) for _, images in rows)
+    sheet = Image.new('RGB', (left + n * cell, top + len(rows) * cell), 'white')
     draw = ImageDraw.Draw(sheet)
-    for i, (label, _) in enumerate(rows):
-        draw.text((4, top + (i + 0.5) * cell), label, 'black', anchor='lm')
     for i, label in enumerate(columns):
         draw.text((left + (i + 0.5) * cell, 2), label, 'black', anchor='mt')
+
+    # Row by row, a label and the images.
+    for i, (label, images) in enumerate(rows):
+        draw.text((4, top + (i + 0.5) * cell), label, 'black', anchor='lm')
+        for j, pixels in enumerate(to_uint8(images)):
+            picture = ImageOps.scale(to_pil_image(pixels), scale, Image.NEAREST)
+            sheet.paste(picture, (left + j * cell, top + i * cell))
     write_atomically(path, partial(sheet.save, format='png'))
 
 
@@ -1255,7 +1229,7 @@ def flag(name):
 # networks bear a larger learning rate than the paper's, and a short run a shorter warm-up (NOTES
 # 4). Nothing is mirrored: a folder may hold letters.
 BOTH = dict(data='shapes', root='data', size=32, flip=False, lr=2e-3, warmup=100, ema=0.9999)
-BOTH |= dict(seed=0, save_every=60.0)
+BOTH |= dict(seed=0, parts=1, save_every=60.0, out=None, device=None)
 
 # By `negative_elbo` a weight of 0.1 is a decoder with variance 0.05, still an exact bound. The clip
 # only catches explosions, which the VAE's lack of normalisation allows (NOTES 4).
@@ -1267,56 +1241,51 @@ STAGE_2 |= dict(dropout=0.0, z_cond=False, cond_drop=0.0, batch=32, steps=2000, 
 SMALL = {1: BOTH | STAGE_1, 2: BOTH | STAGE_2}
 
 
-def paper(data, size, images, vae, ddpm, multipliers, attention, dropout=0.1, lr=2e-4, flip=False):
+def paper(data, size, vae, ddpm, multipliers, attention, dropout=0.1):
     """A preset with the paper's numbers, for stages 1 and 2.
 
-    images: size of the training set, which makes epochs steps; vae, ddpm: (epochs, batch) of the
-    stages; flip: in stage 1. Where the authors' scripts and their YAML files differ, in batch,
-    epochs, heads and dropout, the scripts count.
+    vae, ddpm: (epochs, batch) of the stages. Where the authors' scripts and their YAML files
+    differ, in batch, epochs, heads and dropout, the scripts count.
     """
-    # A checkpoint may have 2 GB, and its picture takes 50 network calls: save less often.
-    both = dict(data=data, size=size, save_every=600.0)
-    stage_1 = dict(kl_weight=1.0, z_dim=512 if size <= 64 else 1024, flip=flip)
-    stage_1 |= dict(batch=vae[1], steps=vae[0] * images // vae[1])
-    stage_1 |= dict(lr=1e-4, warmup=1, clip=math.inf, ema=0.0)
+    # A checkpoint may have 2 GB, and its picture takes 50 network calls: save less often. How many
+    # steps the epochs are depends on the number of images: `train` knows.
+    both = dict(data=data, size=size, save_every=600.0, steps=None)
+    large = size > 64
+    stage_1 = dict(kl_weight=1.0, z_dim=1024 if large else 512, flip=large)
+    stage_1 |= dict(epochs=vae[0], batch=vae[1], lr=1e-4, warmup=1, clip=math.inf, ema=0.0)
     stage_2 = dict(channels=128, multipliers=multipliers, blocks=2, attention=attention)
-    stage_2 |= dict(batch=ddpm[1], steps=ddpm[0] * images // ddpm[1])
-    stage_2 |= dict(heads=8, dropout=dropout, flip=True, lr=lr, warmup=5000)
+    stage_2 |= dict(epochs=ddpm[0], batch=ddpm[1], lr=2e-5 if large else 2e-4, warmup=5000)
+    stage_2 |= dict(heads=8, dropout=dropout, flip=True)
     return {1: SMALL[1] | both | stage_1, 2: SMALL[2] | both | stage_2}
 
 
-HQ = dict(data='celebahq', images=30_000, lr=2e-5, flip=True)  # --data: your folder of the images
-HQ128 = dict(size=128, vae=(500, 126), ddpm=(1000, 64), multipliers=(1, 2, 2, 3, 4), attention=(8,))
-HQ256 = dict(size=256, vae=(500, 16), ddpm=(1000, 64), multipliers=(1, 1, 2, 2, 4, 4))
-PRESETS = {
+PRESETS = {  # for celebahq --data has to be a folder of the images
     'small': SMALL,
-    'cifar10': paper('cifar10', 32, 50_000, (500, 128), (2850, 256), (1, 2, 2, 2), (16,), 0.3),
-    'celeba64': paper('celeba', 64, 162_770, (245, 128), (500, 128), (1, 2, 2, 2, 4), (4,)),
-    'celebahq128': paper(**HQ, **HQ128),
-    'celebahq256': paper(**HQ, **HQ256, attention=(16,)),
+    'cifar10': paper('cifar10', 32, (500, 128), (2850, 256), (1, 2, 2, 2), (16,), 0.3),
+    'celeba64': paper('celeba', 64, (245, 128), (500, 128), (1, 2, 2, 2, 4), (4,)),
+    'celebahq128': paper('celebahq', 128, (500, 126), (1000, 64), (1, 2, 2, 3, 4), (8,)),
+    'celebahq256': paper('celebahq', 256, (500, 16), (1000, 64), (1, 1, 2, 2, 4, 4), (16,)),
 }
 
-# The VAEs of the paper's presets: blocks of encoder and decoder, and channels, by resolution.
+
+def paper_vae(encoder, decoder, channels):
+    """One of the paper's VAEs: (encoder, decoder, channels), each {resolution: number}.
+
+    encoder: blocks from the image down to one pixel; decoder: blocks from there up; channels: from
+    4x4 pixels up (those of a single pixel are z_dim).
+    """
+    up = (1, 4, 8, 16, 32, 64, 128, 256)[: len(decoder)]
+    return dict(zip(up[::-1], encoder)), dict(zip(up, decoder)), dict(zip(up[1:], channels))
+
+
 PAPER_VAES = {
-    'cifar10': (
-        {32: 7, 16: 4, 8: 4, 4: 3, 1: 3},
-        {1: 1, 4: 2, 8: 3, 16: 7, 32: 15},
-        {32: 64, 16: 128, 8: 256, 4: 256},
+    'cifar10': paper_vae((7, 4, 4, 3, 3), (1, 2, 3, 7, 15), (256, 256, 128, 64)),
+    'celeba64': paper_vae((7, 4, 7, 3, 3, 2), (1, 2, 3, 7, 8, 10), (256, 256, 256, 128, 64)),
+    'celebahq128': paper_vae(
+        (1, 3, 3, 7, 3, 3, 2), (1, 2, 2, 6, 2, 2, 1), (512, 256, 128, 128, 64, 64)
     ),
-    'celeba64': (
-        {64: 7, 32: 4, 16: 7, 8: 3, 4: 3, 1: 2},
-        {1: 1, 4: 2, 8: 3, 16: 7, 32: 8, 64: 10},
-        {64: 64, 32: 128, 16: 256, 8: 256, 4: 256},
-    ),
-    'celebahq128': (
-        {128: 1, 64: 3, 32: 3, 16: 7, 8: 3, 4: 3, 1: 2},
-        {1: 1, 4: 2, 8: 2, 16: 6, 32: 2, 64: 2, 128: 1},
-        {128: 64, 64: 64, 32: 128, 16: 128, 8: 256, 4: 512},
-    ),
-    'celebahq256': (
-        {256: 3, 128: 3, 64: 5, 32: 7, 16: 9, 8: 7, 4: 5, 1: 2},
-        {1: 2, 4: 4, 8: 6, 16: 8, 32: 5, 64: 4, 128: 2, 256: 2},
-        {256: 64, 128: 64, 64: 64, 32: 128, 16: 128, 8: 256, 4: 512},
+    'celebahq256': paper_vae(
+        (3, 3, 5, 7, 9, 7, 5, 2), (2, 4, 6, 8, 5, 4, 2, 2), (512, 256, 128, 128, 64, 64, 64)
     ),
 }
 
@@ -1335,7 +1304,7 @@ def vae_layout(settings):
     return encoder, decoder, {size: 16, 16: 32, 8: 64, 4: 128, 1: settings.z_dim}
 
 
-def option(meaning, low=None, high=math.inf, choices=None):
+def option(meaning, low=-math.inf, high=math.inf, choices=None):
     """A field of a dataclass of options. low, high: its range; choices: the values it may have."""
     facts = dict(meaning=meaning, range=(low, high), choices=choices)
     return field(default=None, metadata=facts)
@@ -1345,14 +1314,20 @@ def option(meaning, low=None, high=math.inf, choices=None):
 class Options:
     """What both classes of options have in common. UserError for a number out of its range."""
 
+    out: str = option('folder of the run (train: default runs/<data>)')
+    form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
+    data: str = option(f'{", ".join(DATA_SETS)}, or a folder of pictures')
+    root: str = option('folder where the files of a named set are, or go')
+    device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)')
+    seed: int = option('seed of weights, batches, z and noise')
+
     def __post_init__(self):
         for setting in fields(self):
             value = getattr(self, setting.name)
             low, high = setting.metadata['range']
-            numbers = value if isinstance(value, tuple) else (value,)
-            has_range = low is not None and value is not None
-            if has_range and not all(low <= number <= high for number in numbers):
-                raise UserError(f'{flag(setting.name)} {value}: must be from {low} to {high}')
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, (int, float)) and not low <= number <= high:
+                    raise UserError(f'{flag(setting.name)} {value}: must be from {low} to {high}')
 
         # A run may go on from another working directory: folders are kept in full.
         for name in ('data', 'root'):
@@ -1366,11 +1341,7 @@ class TrainingOptions(Options):
     """The settings of a training run, which its checkpoint keeps; None for the other stage's."""
 
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
-    form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
-    data: str = option(f'{", ".join(DATA_SETS)}, or a folder of pictures')
-    root: str = option('folder where the files of a named set are, or go')
-    out: str = option('folder of the run (default runs/<data>)')
     size: int = option('height and width of the images', low=16, high=4096)
     flip: bool = option('mirror half of the images, in each step others')
     z_dim: int = option('numbers in the code z', low=2, high=65536)
@@ -1385,25 +1356,15 @@ class TrainingOptions(Options):
     z_cond: bool = option('U-Net: show it z besides the draft')
     cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
+    parts: int = option('parts of a step, one after the other, to save memory', low=1)
+    epochs: int = option('passes over the images, which make the steps', low=1)
     steps: int = option('training steps; a larger number extends a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
     clip: float = option('largest norm of the gradient; inf for none', low=1e-6)
     ema: float = option('decay of the averaged weights; 0 for none', low=0, high=1)
-    seed: int = option('seed of weights, batches and noise')
-    device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)')
     save_every: float = option('seconds between checkpoints', low=0)
     vae: dict = option('in stage 2, the settings of stage 1; no option of the command line')
-
-
-def training_defaults(stage, form, preset):
-    """The settings that a run has, with the preset's values: {name: value}."""
-    settings = {'stage': stage, 'preset': preset, 'out': None, 'device': None}
-    settings |= PRESETS[preset][stage]
-
-    # The baseline has no VAE, so that there is no z to show and no draft to withhold.
-    of_the_vae = ('z_cond', 'cond_drop') if form == 'uncond' else ()
-    return {name: value for name, value in settings.items() if name not in of_the_vae}
 
 
 def resolve(typed, before, path):
@@ -1414,18 +1375,20 @@ def resolve(typed, before, path):
     """
     # What does not change what is learnt may change: where files are (other images are refused when
     # they are read), how long, on what, and how often it is saved.
-    free = ('out', 'root', 'data', 'steps', 'device', 'save_every')
+    free = ('out', 'root', 'data', 'steps', 'parts', 'device', 'save_every')
     for name, value in typed.items():
         if name in before and name not in free and before[name] != value:
             raise UserError(f'{flag(name)} {value}: {path} has {before[name]}')
-    given = before | typed
-    preset = given.get('preset', 'small')
-    defaults = training_defaults(given['stage'], given.get('form'), preset)
-    return TrainingOptions(**(defaults | given))
+    given = {'preset': 'small'} | before | typed
+    preset = PRESETS[given['preset']]
+    return TrainingOptions(**(preset[given['stage']] | given))
 
 
 def refuse_what_does_not_fit(settings):
     """Raise a UserError if settings do not fit each other, before pictures are read."""
+    if settings.batch % (WORLD * settings.parts):
+        sharers = f'{WORLD} processes times {settings.parts} --parts'
+        raise UserError(f'--batch {settings.batch}: {sharers} cannot share it equally')
     size = settings.size
     if settings.stage == 1:
         _, _, widths = vae_layout(settings)
@@ -1434,16 +1397,13 @@ def refuse_what_does_not_fit(settings):
         return
 
     # As many cosines as sines need an even number of channels, and 32 groups a multiple of 32.
-    widths = [multiplier * settings.channels for multiplier in settings.multipliers]
-    sizes = [size // 2**level for level in range(len(widths))]
-    attending = [width for width, level in zip(widths, sizes) if level in settings.attention]
-    attending += widths[-1:]  # the bottleneck
+    sizes = [size // 2**level for level in range(len(settings.multipliers))]
     divisor = 32 if settings.channels >= 128 else 2
     wrong = {
         f'--channels: {divisor} must divide it': settings.channels % divisor,
-        f'--multipliers: {size} pixels cannot be halved so often': size % 2 ** (len(widths) - 1),
+        f'--multipliers: {size} pixels cannot be halved so often': size % 2 ** (len(sizes) - 1),
         f'--attention: the levels have {sizes} pixels': set(settings.attention) - set(sizes),
-        f'--heads: must divide {attending}': any(width % settings.heads for width in attending),
+        f'--heads: must divide --channels {settings.channels}': settings.channels % settings.heads,
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
@@ -1454,12 +1414,6 @@ def refuse_what_does_not_fit(settings):
 class SamplingOptions(Options):
     """The settings of a command that generates images; None for what it has no use for."""
 
-    out: str = option('folder of the run')
-    form: str = option('which model (default: the first; evaluate: all)', choices=FORMS)
-    data: str = option('the folder of the training images, if it has moved')
-    root: str = option('as for train, if it has moved')
-    device: str = option('as for train')
-    seed: int = option('seed of z and noise')
     sampler: str = option('the rule of a step', choices=SAMPLERS)
     spacing: str = option('of the times', choices=SPACINGS)
     guidance: float = option('its weight, for models with --cond-drop', low=0, high=100)
@@ -1487,20 +1441,16 @@ SAMPLING |= dict(sampler='ddpm', spacing='quadratic', guidance=0.0, steps=50)
 
 def choose_device(name):
     """The device of a name; without one CUDA, if there is one, else the CPU."""
-    _, world = processes()
-    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-    try:
-        if world > 1 and torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))  # which of the GPUs `cuda` is
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f'--device {name}: {error}') from error
-
     # float32 means float32. TF32, which a GPU takes in its place for convolutions, rounds to 10
     # bits: an error of 0.05%, which `predict_x0` makes 8% at T.
     torch.backends.cudnn.allow_tf32 = False
-    return device
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    try:
+        if WORLD > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ['LOCAL_RANK']))  # which of the GPUs `cuda` is
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device {name}: {error}') from error
 
 
 def has_fast_bfloat16(device):
@@ -1518,8 +1468,7 @@ def has_fast_bfloat16(device):
 def build_vae(settings, channels):
     """The VAE of stage 1's settings with fresh weights, for images of so many channels."""
     layout = vae_layout(settings)
-    vae = VAE(channels, settings.size, *layout, settings.kl_weight, settings.signal)
-    return vae.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
+    return VAE(channels, settings.size, *layout, settings.kl_weight, settings.signal)
 
 
 def build(settings, channels):
@@ -1536,9 +1485,17 @@ def build(settings, channels):
     in_channels = channels if vae is None else 2 * channels
     layers |= dict(dropout=settings.dropout, z_dim=vae.z_dim if settings.z_cond else 0)
     unet = UNet(in_channels, channels, settings.size, **layers)
-    cond_drop = settings.cond_drop or 0.0  # the baseline has none
-    model = DiffuseVAE(vae, unet, Diffusion(linear_schedule()), settings.form, cond_drop)
-    return model.to(memory_format=torch.channels_last)
+    return DiffuseVAE(vae, unet, Diffusion(linear_schedule()), settings.form, settings.cond_drop)
+
+
+def place(model, device):
+    """The module of a stage on a device, in the layout and the precision that are fast there."""
+    # channels_last is the faster layout on CPUs and CUDA. Elsewhere it is little tested.
+    if device.type in ('cpu', 'cuda'):
+        model = model.to(memory_format=torch.channels_last)
+    if isinstance(model, DiffuseVAE):
+        model.unet.bfloat16 = has_fast_bfloat16(device)
+    return model.to(device)
 
 
 def checkpoint_path(out, form):
@@ -1567,21 +1524,19 @@ def load_checkpoint(path):
 def load_training_images(settings, path):
     """The training images of a run, 16 held-out ones, and facts that tell them from others."""
     # A run in its folder of images would train on its own pictures.
-    out = path.parent.resolve()
-    if Path(settings.data) in (out, *out.parents):
+    if Path(settings.data) in path.resolve().parents:
         raise UserError(f'--out {path.parent}: is inside of --data {settings.data}')
 
     # All processes hold the images, but the first may have to download them: the others wait. If it
     # fails, torchrun ends them.
-    rank, world = processes()
-    if world > 1:
+    if WORLD > 1:
         dist.init_process_group()
-    if rank > 0:
+    if RANK > 0:
         dist.barrier()
     images = load_images(settings, train=True)
     channels = images.pixels.shape[1]
     held_out = load_images(settings, train=False, num=16, channels=channels)
-    if rank == 0 and world > 1:
+    if RANK == 0 and WORLD > 1:
         dist.barrier()
 
     # The first eight images tell a set from others. (A slice without `clone` would be saved with
@@ -1609,16 +1564,13 @@ def training_inputs(model, images, settings, step, device):
     # Draw the batch: which images, which of them mirrored, and what the module asks for. Images are
     # drawn with replacement: without epochs a step depends on no step before it.
     generator = make_generator(settings.seed, 'step', step)
-    indices = torch.randint(len(images.pixels), (settings.batch,), generator=generator)
+    x = images.batch(torch.randint(len(images.pixels), (settings.batch,), generator=generator))
     mirrored = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5 * settings.flip
-    inputs = model.random_inputs((settings.batch, *images.pixels.shape[1:]), generator)
+    x = torch.where(mirrored, x.flip(3), x)
+    inputs = {'x': x} | model.random_inputs(x.shape, generator)
 
-    # Of `world` processes each takes every world-th image.
-    rank, world = processes()
-    x = images.batch(indices[rank::world])
-    x = torch.where(mirrored[rank::world], x.flip(3), x)
-    inputs = {'x': x} | {name: tensor[rank::world] for name, tensor in inputs.items()}
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    # Of WORLD processes each takes every WORLD-th image.
+    return {name: tensor[RANK::WORLD].to(device) for name, tensor in inputs.items()}
 
 
 def ema_update(averages, parameters, step, decay):
@@ -1636,10 +1588,9 @@ def ema_update(averages, parameters, step, decay):
 def check_losses(losses, norm, step):
     """Say so in words if a run cannot become good. UserError if it is lost.
 
-    losses, norm: means over the steps since the last check, of each loss by name and of the norm of
-    the gradient.
+    losses: means over the steps since the last check, by name; norm: the last gradient's.
     """
-    # Such a value has reached the weights, and nothing brings them back.
+    # Such a value has reached the weights, and nothing brings them back: the last norm tells.
     if not all(math.isfinite(value) for value in (*losses.values(), norm)):
         message = f'a loss or gradient in the steps up to {step} is not finite'
         raise UserError(f'{message}: start anew in another --out, with a lower --lr or --clip')
@@ -1688,8 +1639,7 @@ def new_model(settings, first, images, device):
     if settings.stage == 2:
         if model.vae is not None and first is not None:
             model.vae.load_state_dict(first.model.state_dict())
-        model.unet.bfloat16 = has_fast_bfloat16(device)
-        return model.to(device)
+        return place(model, device)
 
     # The small VAE trains for minutes. With He's initial weights its blocks contribute from the
     # start, and places are learnt sooner (NOTES 4). The paper's presets keep torch's.
@@ -1706,7 +1656,17 @@ def new_model(settings, first, images, device):
     mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
     model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
     model.head.bias.data.copy_(torch.logit(mean))
-    return model.to(device)
+    return place(model, device)
+
+
+def rows_to_look_at(trained, x):
+    """The picture of a training run: rows [(label, images)], of 16 images x or of new ones."""
+    # Stage 1: what the VAE models of held-out images, above their drafts. Stage 2: drafts above new
+    # images.
+    if trained.settings.stage == 2:
+        return rows_of(*trained.generate(16))
+    mu, _ = trained.encode(x)
+    return [('y', trained.vae.signal(x)), ('draft', trained.decode(mu))]
 
 
 def train(typed):
@@ -1716,29 +1676,29 @@ def train(typed):
     device = choose_device(typed.get('device'))
     path, settings, saved, first = find_run(typed, device)
     refuse_what_does_not_fit(settings)
-    rank, world = processes()
-    if settings.batch % world:
-        raise UserError(f'--batch {settings.batch}: {world} processes cannot share it')
     start = saved['step'] if saved else 0
     progress = Progress()
-    if settings.steps <= start:
+    if saved and settings.steps <= start:
         progress.show(f'{path} is complete: {start} steps; a larger --steps extends it', end=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    progress.show(f'{path}: steps {start} to {settings.steps} on {device}', end=True)
 
     # The images. A run goes on with those that it, or its stage 1, began with.
     images, held_out, facts = load_training_images(settings, path)
-    progress.show(f'--data {settings.data}: {facts["number"]} images', end=True)
     known = saved['images'] if saved else first.facts if first else facts
     if not same_images(facts, known):
         raise UserError(f'--data {settings.data}: not the images that {path.parent} began with')
+    if settings.steps is None:
+        settings.steps = math.ceil(settings.epochs * facts['number'] / settings.batch)
+    progress.show(f'--data {settings.data}: {facts["number"]} images', end=True)
+    progress.show(f'{path}: steps {start} to {settings.steps} on {device}', end=True)
 
     # The model, and its averaged copy, which is what samples are drawn with.
     model = new_model(settings, first, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=True)
+    fused = device.type in ('cpu', 'cuda')  # one pass over all weights; not everywhere to be had
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=fused)
     if saved:
         model.load_state_dict(saved['model'])
         averaged.load_state_dict(saved['ema'])
@@ -1748,28 +1708,34 @@ def train(typed):
 
     # Of several processes each has all weights and a share of the batch. DistributedDataParallel
     # averages the gradients over them, during the backward pass: so all take the same step.
-    parallel = nn.parallel.DistributedDataParallel(model) if world > 1 else model
+    parallel = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
 
-    recent = []  # losses and gradient norms since the last line of progress
+    recent = []  # losses since the last line of progress
     began = saved_at = time.monotonic()
     for step in range(start, settings.steps):
         # Inputs are a function of (seed, step). Dropout draws from torch's own generator.
         inputs = training_inputs(model, images, settings, step, device)
-        torch.manual_seed(seed_of(settings.seed, 'dropout', step, rank))
+        torch.manual_seed(seed_of(settings.seed, 'dropout', step, RANK))
 
         # Adam divides a gradient by its usual size, which it does not know yet in the first steps:
         # the learning rate rises to its value, lest those steps be wild.
         lr = settings.lr * min(1, (step + 1) / settings.warmup)
         optimizer.param_groups[0]['lr'] = lr
 
-        # Forward, backward, and a step of Adam. A gradient that is much longer than usual, from a
-        # rare batch, is cut to the length `clip`.
-        losses = parallel(**inputs)
+        # Forward and backward. Between them every layer's output is kept, which takes most of the
+        # memory. As the loss is a mean over images, so is its gradient: the batch may be computed
+        # in equal parts, one after the other, whose gradients `backward` adds up.
         optimizer.zero_grad()
-        losses['loss'].backward()
+        for part in range(settings.parts):
+            share = {name: tensor[part :: settings.parts] for name, tensor in inputs.items()}
+            losses = parallel(**share)
+            (losses['loss'] / settings.parts).backward()
+            recent.append(torch.stack(list(losses.values())).detach())
+
+        # A step of Adam. A gradient that is much longer than usual, from a rare batch, is cut to
+        # the length `clip`.
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
-        recent.append(torch.stack([*losses.values(), norm]).detach())
 
         # The averaged weights follow. Buffers are copied: a batch norm, if somebody builds one in,
         # has its statistics in them.
@@ -1783,9 +1749,9 @@ def train(typed):
         last = trained.step == settings.steps
         if trained.step % 10 != 0 and not last:
             continue
-        *means, norm = torch.stack(recent).mean(dim=0).tolist()
+        means = torch.stack(recent).mean(dim=0).tolist()
         recent = []
-        check_losses(dict(zip(losses, means)), norm, trained.step)
+        check_losses(dict(zip(losses, means)), norm.item(), trained.step)
         rate = (trained.step - start) / (time.monotonic() - began)
         text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(losses, means))
         left = f'{(settings.steps - trained.step) / rate / 60:.1f} min left'
@@ -1794,34 +1760,25 @@ def train(typed):
 
         # From time to time a checkpoint, with all that the next step depends on: a kill costs what
         # has been trained since the last one. And a picture, since a falling loss is no proof.
-        if rank == 0 and (last or time.monotonic() - saved_at > settings.save_every):
+        if RANK == 0 and (last or time.monotonic() - saved_at > settings.save_every):
             content = dict(settings=asdict(settings), images=facts, step=trained.step)
             content |= dict(model=model.state_dict(), ema=averaged.state_dict())
             content |= dict(optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
 
-            # Stage 1 shows what the VAE models of held-out images, above their drafts, and stage 2
-            # drafts above new images.
-            if settings.stage == 1:
-                codes, _ = trained.encode(x)
-                shown = [('y', model.signal(x)), ('draft', trained.decode(codes))]
-            else:
-                shown = rows_of(*trained.generate(16))
-            write_grid(path.with_suffix('.png'), shown)
+            write_grid(path.with_suffix('.png'), rows_to_look_at(trained, x))
             saved_at = time.monotonic()
 
     progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
 
 
 # ==== 8. SAMPLING =================================================================================
-# z ~ N(0, I), x_hat = decoder(z), then the reverse chain. Images are drawn in chunks of 64. What is
+# z ~ N(0, I), x_hat = decoder(z), then the reverse chain. Images are drawn in chunks. What is
 # random in a chunk is a function of (seed, chunk): so image i is the same, up to rounding, however
 # many are drawn. Noise is drawn on the CPU, so that it is the same for all devices.
 
-CHUNK = 64
 
-
-@dataclass
+@dataclass(eq=False)  # so that it can be the key of a cache
 class Trained:
     """A trained stage with its averaged weights: what all commands, and notebooks, draw with.
 
@@ -1835,7 +1792,11 @@ class Trained:
     facts: dict  # of its images: number, channels, the first ones
     step: int  # how long it was trained
     device: torch.device
-    mixtures: dict = field(default_factory=dict)  # of codes, by their number of components
+
+    @property
+    def chunk(self):
+        """How many images are drawn at once: 64, and less from 128x128 pixels on, 4 of 256x256."""
+        return max(1, min(64, 512**2 // self.settings.size**2))
 
     @property
     def vae(self):
@@ -1857,10 +1818,8 @@ class Trained:
     def encode_all(self, images):
         """q(z|x_0) of all `Images`."""
         # In chunks: as floats a whole set would be four times as large as its bytes.
-        parts = [
-            self.encode(images.batch(i)) for i in torch.arange(len(images.pixels)).split(CHUNK)
-        ]
-        mu, logvar = zip(*parts)
+        chunks = torch.arange(len(images.pixels)).split(self.chunk)
+        mu, logvar = zip(*[self.encode(images.batch(indices)) for indices in chunks])
         return torch.cat(mu), torch.cat(logvar)
 
     def decode(self, z):
@@ -1879,23 +1838,11 @@ class Trained:
         """
         return self.noise(1, make_generator(seed, key))
 
-    def codes_and_noise(self, options, chunk):
-        """What is random in a chunk of new images: z [CHUNK, z_dim] from the prior, and `noise`."""
-        generator = make_generator(options.seed, 'chunk', chunk)
-        z = torch.randn(CHUNK, self.model.z_dim, generator=generator)
-        if options.gmm is not None:  # z = m_k + L_k eps for a random k, with L_k L_k^T = S_k
-            if options.gmm not in self.mixtures:
-                self.mixtures[options.gmm] = mixture_of_codes(self, options.gmm)
-            weights, means, factors = self.mixtures[options.gmm]
-            k = torch.multinomial(weights, CHUNK, replacement=True, generator=generator)
-            z = means[k] + torch.einsum('nij,nj->ni', factors[k], z)
-        return z, self.noise(CHUNK, generator)
-
-    def paint(self, options, z, noise, draft=None, watch=None):
+    def paint(self, options, z, noise, draft=None, passed=None):
         """Draft and refine codes z [n, z_dim]: (drafts, images), or (None, images) of the baseline.
 
         options: a `SamplingOptions`; noise: a function as from `noise`, of 1 or at least n images;
-        draft: in place of the decoder's; watch: as for `Diffusion.sample`.
+        draft: in place of the decoder's; passed: as for `Diffusion.sample`.
         """
         if options.guidance > 0 and self.model.cond_drop == 0:
             raise UserError(f'--guidance: {self.path} was trained without --cond-drop')
@@ -1905,18 +1852,25 @@ class Trained:
             return noise()[: len(z)].to(self.device)
 
         how = dict(steps=options.steps, sampler=options.sampler, spacing=options.spacing)
-        how |= dict(guidance=options.guidance, watch=watch)
+        how |= dict(guidance=options.guidance, passed=passed)
         draft = None if draft is None else draft.to(self.device)
         x_T = draw_noise().expand(len(z), -1, -1, -1)
         draft, x = self.model.generate(z.to(self.device), x_T, draw_noise, draft, **how)
         return draft if draft is None else draft.cpu(), x.cpu()
 
-    def new_images(self, options, first=0):
-        """(drafts, images) of options.num codes from the prior, from number `first`, 64 k, on."""
-        parts = []
-        for start in range(first, first + options.num, CHUNK):
-            z, noise = self.codes_and_noise(options, start // CHUNK)
-            parts.append(self.paint(options, z[: first + options.num - start], noise))
+    def new_chunk(self, options, first):
+        """(drafts, images) of the chunk of codes from the prior that begins with number `first`."""
+        generator = make_generator(options.seed, 'chunk', first // self.chunk)
+        z = torch.randn(self.chunk, self.model.z_dim, generator=generator)
+        if options.gmm is not None:  # z = m_k + L_k eps for a random k, with L_k L_k^T = S_k
+            weights, means, factors = mixture_of_codes(self, options.gmm)
+            k = torch.multinomial(weights, self.chunk, replacement=True, generator=generator)
+            z = means[k] + torch.einsum('nij,nj->ni', factors[k], z)
+        return self.paint(options, z[: options.num - first], self.noise(self.chunk, generator))
+
+    def new_images(self, options):
+        """(drafts, images) of options.num codes from the prior."""
+        parts = [self.new_chunk(options, first) for first in range(0, options.num, self.chunk)]
         drafts, refined = zip(*parts)
         drafts = None if drafts[0] is None else torch.cat(drafts)
         return drafts, torch.cat(refined)
@@ -1964,9 +1918,7 @@ def load(out='runs/shapes', form='1', device=None, data=None, root=None):
     device = choose_device(device)
     model = build(settings, saved['images']['channels'])
     model.load_state_dict(saved['ema'])
-    model.to(device).requires_grad_(False).eval()  # so nothing below needs torch.no_grad
-    if form is not None:
-        model.unet.bfloat16 = has_fast_bfloat16(device)
+    model = place(model, device).requires_grad_(False).eval()  # nothing below needs torch.no_grad
     return Trained(path, settings, model, saved['images'], saved['step'], device)
 
 
@@ -1984,12 +1936,11 @@ def sample(options):
     if options.png:
         write_pngs(trained, options)
         return
-    drafts, refined = trained.new_images(options)
 
     # Sixteen in a row, each draft above what was made of it.
-    rows = []
-    for i in range(0, options.num, 16):
-        rows += rows_of(drafts if drafts is None else drafts[i : i + 16], refined[i : i + 16])
+    long = rows_of(*trained.new_images(options))
+    starts = range(0, options.num, 16)
+    rows = [(label, images[i : i + 16]) for i in starts for label, images in long]
     trained.write_picture('samples', rows)
 
 
@@ -2001,23 +1952,19 @@ def write_pngs(trained, options):
     """
     name = f'{FORMS[trained.settings.form]}-trained{trained.step}-seed{options.seed}'
     name += f'-{options.sampler}-{options.spacing}{options.steps}'
-    name += f'-guidance{options.guidance:g}' if options.guidance else ''
-    name += f'-gmm{options.gmm}' if options.gmm else ''
+    name += f'-guidance{options.guidance:g}-gmm{options.gmm or 0}'
     folder = trained.path.with_name(name)
 
     # Chunk by chunk, the refined images last: where they exist, their drafts do.
-    rank, world = processes()
     progress = Progress()
-    for first in range(rank * CHUNK, options.num, world * CHUNK):
-        n = min(CHUNK, options.num - first)
-        numbers = range(first, first + n)
+    for first in range(RANK * trained.chunk, options.num, WORLD * trained.chunk):
+        numbers = range(first, min(first + trained.chunk, options.num))
         if not all((folder / 'refined' / f'{i:06}.png').exists() for i in numbers):
-            images = trained.new_images(replace(options, num=n), first)
-            for name, batch in rows_of(*images):
+            for name, batch in rows_of(*trained.new_chunk(options, first)):
                 for i, pixels in zip(numbers, to_uint8(batch)):
                     save = partial(to_pil_image(pixels).save, format='png')
                     write_atomically(folder / name / f'{i:06}.png', save)
-        progress.show(f'{first + n}/{options.num} images in {folder}')
+        progress.show(f'{numbers.stop}/{options.num} images in {folder}')
     progress.show(f'{options.num} images are in {folder}', end=True)
 
 
@@ -2051,8 +1998,7 @@ def load_for_pictures(options, n):
     trained = next(load_all(options))
     held_out = trained.images(train=False, num=n)
     x = held_out.batch([i % len(held_out.pixels) for i in range(n)])
-    mu, _ = trained.encode(x)
-    return trained, x, mu
+    return trained, x, trained.encode(x)[0]
 
 
 def reconstruct(options):
@@ -2091,21 +2037,13 @@ def chain(options):
     ]
 
     # Reverse: what the chain passes through, x_t and x_0_pred. It ends in the image, at time 0. The
-    # baseline's stands below, from the same noise, if it was trained on the same images.
-    runs = [trained]
-    if checkpoint_path(options.out, 'uncond').exists():
-        runs += load_all(replace(options, form='uncond'))
-    for run in [run for run in runs if same_images(run.facts, trained.facts)]:
+    # other models' follow, from the same noise, if they were trained on the same images.
+    for run in [run for run in load_all(options) if same_images(run.facts, trained.facts)]:
         passed = []
-
-        def watch(x_t, x_0_pred, passed=passed):
-            passed.append((x_t.cpu(), x_0_pred.cpu()))
-
-        how = options if run is trained else replace(options, guidance=0.0)
-        _, refined = run.paint(how, mu, run.shared_noise(options.seed), watch=watch)
+        _, refined = run.paint(options, mu, run.shared_noise(options.seed), passed=passed)
         passed.reverse()
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
-            images = torch.cat([passed[time][i] for time in picked])
+            images = torch.cat([passed[time][i] for time in picked]).cpu()
             rows.append((label, torch.cat([refined, (images + 1) / 2])))
     trained.write_picture('chain', rows, columns)
 
@@ -2125,9 +2063,8 @@ def interpolate(options):
     other = trained.shared_noise(options.seed, 'other noise')
 
     def between():
-        a = one()
-        b = other()
-        return torch.cat([slerp(a, b, w) for w in weights])
+        ends = one(), other()
+        return torch.cat([slerp(*ends, w) for w in weights])
 
     z = mu[:1].expand(len(weights), -1)
     _, refined = trained.paint(options, z, between)
@@ -2189,10 +2126,8 @@ def robust(options):
     # them in training. (z stays as it is, for a model that is shown it, too.)
     noisy = (draft + 0.5 * s * torch.randn(draft.shape, generator=generator)).clamp(0, 1)
     blurred = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
-    height, width = draft.shape[2:]
-    block = torch.rand(1, 1, height // 4, width // 4, generator=generator)
-    block = F.interpolate(block, size=(height, width))
-    missing = draft.where(block >= s, draft.mean())
+    blocks = torch.rand(1, 1, draft.shape[2] // 4, draft.shape[3] // 4, generator=generator)
+    missing = draft.where(F.interpolate(blocks, scale_factor=4) >= s, draft.mean())
 
     rows = []
     z = mu.expand(len(s), -1)
@@ -2208,25 +2143,11 @@ def robust(options):
 
 def laplacian_pyramid(x):
     """What each halving of the resolution loses, finest first, and the rest: [N, C, R, R] each."""
-    # A blur that is close to a Gaussian, for each channel: [C, 1, 5, 5].
-    channels = x.shape[1]
-    row = torch.tensor([1.0, 4, 6, 4, 1]) / 16
-    kernel = row.outer(row).expand(channels, 1, 5, 5)
-
     # No level has less than 8 pixels a side: patches of 7x7 fit.
     levels = []
     while x.shape[-1] >= 16:
-        # Down: blur, and take every second pixel.
-        low = F.conv2d(F.pad(x, (2, 2, 2, 2), 'reflect'), kernel, stride=2, groups=channels)
-
-        # And up again. Pixel i of `low` lies on pixel 2 i of x: so its pixels are set there, zeros
-        # between them, and blurred, with four times the kernel, as three of four are zeros.
-        # `conv_transpose2d` does all this. Its padding cuts off four pixels on each side: two of
-        # the replicated border and two of the kernel; output_padding makes the resolution even
-        # again, where x's is. (`interpolate` would put pixel i at 2 i + 1/2.)
-        padded = F.pad(low, (1, 1, 1, 1), 'replicate')
-        how = dict(stride=2, padding=4, output_padding=1 - x.shape[-1] % 2, groups=channels)
-        levels.append(x - F.conv_transpose2d(padded, 4 * kernel, **how))
+        low = F.interpolate(x, size=x.shape[-1] // 2, mode='bilinear', antialias=True)
+        levels.append(x - F.interpolate(low, size=x.shape[-2:], mode='bilinear'))
         x = low
     return [*levels, x]
 
@@ -2242,31 +2163,27 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
     # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
     # directions. Both sets are normalised by the real one's mean and deviation: normalised by
     # their own, drifting colours and weak contrast would not show.
-    if images.shape != real.shape:
-        raise ValueError(f'sets of different shapes: {images.shape} and {real.shape}')
     generator = make_generator('sliced Wasserstein')
     distances = []
     for of_images, of_real in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
         mean = of_real.mean((0, 2, 3), keepdim=True)
         std = of_real.std((0, 2, 3), keepdim=True)
+        std = std.where(std > 0, math.inf)  # a channel that never varies has no weight
         n, channels, resolution, _ = of_real.shape
-        numbers = channels * 49
 
         # The same places of both sets' images, and the same directions.
         places = resolution - 6  # along each axis
         place = torch.randint(places**2, (n, patches), generator=generator)
-        direction = F.normalize(torch.randn(numbers, directions, generator=generator), dim=0)
-        projected = []
+        direction = F.normalize(torch.randn(channels * 49, directions, generator=generator), dim=0)
+        projected = []  # sorted, of both sets
         for level in (of_images, of_real):
             # All patches, as a view that copies nothing: [n, channels, places, places, 7, 7]. Then
             # the chosen ones: [n, patches, channels, 7, 7].
             windows = ((level - mean) / std).unfold(2, 7, 1).unfold(3, 7, 1)
             chosen = windows[torch.arange(n)[:, None], :, place // places, place % places]
-            projected.append(rearrange(chosen, 'n p c y x -> (n p) (c y x)') @ direction)
-
-        a = projected[0].sort(dim=0).values
-        b = projected[1].sort(dim=0).values
-        distances.append((a - b).abs().mean())
+            numbers = rearrange(chosen, 'n p c y x -> (n p) (c y x)') @ direction
+            projected.append(numbers.sort(dim=0).values)
+        distances.append((projected[0] - projected[1]).abs().mean())
     return 1000 * torch.stack(distances)
 
 
@@ -2290,7 +2207,7 @@ def em_step(z, r, ridge=1e-6):
     return (w, m, S), joint.softmax(dim=1), joint.logsumexp(dim=1).mean()
 
 
-def fit_mixture(z, K, generator, iterations=100):
+def fit_mixture(z, K, generator):
     """Fit K Gaussians to z [N, D]: (weights [K], means [K, D], covariances [K, D, D])."""
     # EM finds the maximum that is near its start. Start with k-means: every z to its nearest mean,
     # every mean to the middle of its z.
@@ -2302,11 +2219,18 @@ def fit_mixture(z, K, generator, iterations=100):
 
     # Then EM, from responsibilities that are not quite one or zero: no component starts empty.
     r = 0.99 * r + 0.01 / len(means)
-    for _ in range(iterations):
-        mixture, r, _ = em_step(z, r)
+    progress = Progress()
+    before = -math.inf
+    for iteration in range(1, 101):
+        mixture, r, likelihood = em_step(z, r)
+        progress.show(f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}')
+        if likelihood - before < 1e-3:  # nats a code
+            break
+        before = likelihood
     return mixture
 
 
+@cache  # each is fitted once
 def mixture_of_codes(trained, K):
     """Ex-PDE: (weights [K], means [K, z_dim], Cholesky factors) of Gaussians fitted to the codes.
 
@@ -2314,14 +2238,27 @@ def mixture_of_codes(trained, K):
     N(0, I), so some z ~ N(0, I) fall where the decoder was never trained. Codes from a mixture
     fitted to z ~ q(z|x_0) do so less often.
     """
-    images = trained.images(train=True)
-    if len(images.pixels) < K:
-        raise UserError(f'--gmm {K}: there are {len(images.pixels)} training images')
-    mu, logvar = trained.encode_all(images)
+    # It takes a while, so it is kept beside the checkpoint, with the codes of the first images: if
+    # they have changed, the VAE is another.
+    path = trained.path.with_name(f'gmm{K}.pt')
+    first_codes, _ = trained.encode(trained.facts['first'] / 255)
+    saved = torch.load(path, weights_only=True) if path.exists() else {'first_codes': None}
+    if saved['first_codes'] is not None and torch.equal(saved['first_codes'], first_codes):
+        return saved['mixture']
+
+    # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
+    number = max(5000, 4 * K * trained.vae.z_dim)
+    mu, logvar = trained.encode_all(trained.images(train=True, num=number))
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
+    if trained.device.type == 'cuda':  # other devices lack float64
+        z = z.to(trained.device)
     weights, means, covariances = fit_mixture(z, K, generator)
-    return weights.float(), means.float(), torch.linalg.cholesky(covariances).float()
+    factors = torch.linalg.cholesky(covariances)
+    mixture = [tensor.float().cpu() for tensor in (weights, means, factors)]
+    content = {'first_codes': first_codes, 'mixture': mixture}
+    write_atomically(path, partial(torch.save, content))
+    return mixture
 
 
 def evaluate(options):
@@ -2329,6 +2266,9 @@ def evaluate(options):
     runs = list(load_all(options))
     if not all(same_images(run.facts, runs[0].facts) for run in runs):
         raise UserError(f'--out {options.out}: its models are of different images; give --form')
+    vaes = [run.model.vae for run in runs if run.model.vae is not None]
+    if not all(torch.equal(vae.head.weight, vaes[0].head.weight) for vae in vaes):
+        raise UserError(f'--out {options.out}: its models have different VAEs; give --form')
 
     # The reference is a fair sample of the held-out images, since loaders return them in random
     # order. The floor takes other training images for each seed.
@@ -2403,21 +2343,16 @@ def whole_numbers(text):
 
 def add_options(parser, options_class, defaults):
     """Give the parser an option for each of the fields that have a default."""
-    for setting in fields(options_class):
-        if setting.name not in defaults:
-            continue
+    for setting in [setting for setting in fields(options_class) if setting.name in defaults]:
         default = defaults[setting.name]
-        as_typed = ','.join(map(str, default)) if isinstance(default, tuple) else str(default)
-        text = setting.metadata['meaning']
-        is_said = default not in (None, (), '') and not isinstance(default, bool)
-        text += f' (default {as_typed})' if is_said else ''
-        how = {'help': text, 'default': argparse.SUPPRESS}
+        typed = ','.join(map(str, default)) if isinstance(default, tuple) else default
+        said = f' (default {typed})' if default else ''
+        how = {'help': setting.metadata['meaning'] + said, 'default': argparse.SUPPRESS}
         if setting.type is bool:
             parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **how)
         else:
             how['type'] = whole_numbers if isinstance(default, tuple) else setting.type
-            how['choices'] = setting.metadata['choices']
-            how['required'] = setting.name == 'stage'
+            how |= {'choices': setting.metadata['choices'], 'required': setting.name == 'stage'}
             parser.add_argument(flag(setting.name), **how)
 
 
@@ -2430,17 +2365,16 @@ def parse(argv):
     first.add_argument('--form')
     first.add_argument('--preset', choices=PRESETS, default='small')
     chosen, _ = first.parse_known_args(argv)
-    of_train = training_defaults(chosen.stage, chosen.form, chosen.preset)
-    of_train |= {'stage': None, 'preset': 'small'}  # what they are if they are not typed
+    of_train = {'stage': None, 'preset': 'small'} | PRESETS[chosen.preset][chosen.stage]
+    if chosen.stage == 2 and chosen.form == 'uncond':  # it has no z to show, no draft to withhold
+        del of_train['z_cond'], of_train['cond_drop']
 
     parser = Parser(prog='diffusevae.py', description='A VAE drafts, a diffusion model refines.')
     commands = parser.add_subparsers(required=True, metavar='COMMAND', dest='command')
     for name, (_, defaults, text) in COMMANDS.items():
         subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        if name == 'train':
-            add_options(subparser, TrainingOptions, of_train)
-        else:
-            add_options(subparser, SamplingOptions, defaults)
+        options_class = TrainingOptions if name == 'train' else SamplingOptions
+        add_options(subparser, options_class, of_train if name == 'train' else defaults)
 
     # `train` has to know what was typed, to tell it from what its checkpoint says.
     typed = vars(parser.parse_args(argv))
@@ -2461,7 +2395,8 @@ def main(argv=None):
         complain('interrupted; the same command goes on from what it has saved')
         return 130
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
-        complain(f'error: {error}')
+        is_full = isinstance(error, torch.cuda.OutOfMemoryError)
+        complain(f'error: {error}{"; train --parts 2, or more, needs less" if is_full else ""}')
         return 2
     finally:
         if dist.is_initialized():
@@ -2470,4 +2405,8 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
+    # There may be no console, or one that lacks the letters of a path.
+    if sys.stdout is None:
+        sys.stdout = sys.stderr = io.TextIOWrapper(io.BytesIO())
+    sys.stdout.reconfigure(errors='backslashreplace')
     sys.exit(main())
