@@ -1249,7 +1249,7 @@ def paper(data, size, vae, ddpm, multipliers, attention, dropout=0.1):
     """
     # A checkpoint may have 2 GB, and its picture takes 50 network calls: save less often. How many
     # steps the epochs are depends on the number of images: `train` knows.
-    both = dict(data=data, size=size, save_every=600.0, steps=None)
+    both = dict(data=data, size=size, save_every=600.0, steps=None, cooldown=0.0)
     large = size > 64
     stage_1 = dict(kl_weight=1.0, z_dim=1024 if large else 512, flip=large)
     stage_1 |= dict(epochs=vae[0], batch=vae[1], lr=1e-4, warmup=1, clip=math.inf, ema=0.0)
@@ -1361,6 +1361,7 @@ class TrainingOptions(Options):
     steps: int = option('training steps; a larger number extends a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
+    cooldown: float = option('share of the steps, at the end, over which it falls', low=0, high=1)
     clip: float = option('largest norm of the gradient; inf for none', low=1e-6)
     ema: float = option('decay of the averaged weights; 0 for none', low=0, high=1)
     save_every: float = option('seconds between checkpoints', low=0)
@@ -1679,7 +1680,8 @@ def train(typed):
     start = saved['step'] if saved else 0
     progress = Progress()
     if saved and settings.steps <= start:
-        progress.show(f'{path} is complete: {start} steps; a larger --steps extends it', end=True)
+        how = 'a larger --steps extends it, with the learning rate of a run of so many steps'
+        progress.show(f'{path} is complete: {start} steps; {how}', end=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -1718,9 +1720,12 @@ def train(typed):
         torch.manual_seed(seed_of(settings.seed, 'dropout', step, RANK))
 
         # Adam divides a gradient by its usual size, which it does not know yet in the first steps:
-        # the learning rate rises to its value, lest those steps be wild.
-        lr = settings.lr * min(1, (step + 1) / settings.warmup)
-        optimizer.param_groups[0]['lr'] = lr
+        # the learning rate rises to its value, lest those steps be wild. If there is a cooldown, it
+        # falls to 0 at the end: large steps learn fast but stay away from the minimum by as much.
+        # (A run that is extended goes on with the rate that the longer run has at this step.)
+        rise = (step + 1) / settings.warmup
+        fall = (settings.steps - step) / max(1, settings.cooldown * settings.steps)
+        optimizer.param_groups[0]['lr'] = settings.lr * min(1, rise, fall)
 
         # Forward and backward. Between them every layer's output is kept, which takes most of the
         # memory. As the loss is a mean over images, so is its gradient: the batch may be computed

@@ -23,6 +23,7 @@ import math
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -2743,6 +2744,13 @@ def lecture(*args):
     return main([str(arg) for arg in args])
 
 
+def test_only_known_devices_have_the_fast_layout():
+    """channels_last where it is well tested, on CPUs and CUDA; elsewhere the plain layout."""
+    for device, strides in (('cpu', (27, 1, 9, 3)), ('meta', (27, 9, 3, 1))):
+        vae = dv.place(dv.build(config(1), 3), torch.device(device))
+        assert vae.stem.weight.stride() == strides
+
+
 def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     """By hand: 2 k^2 c_in c_out a pixel of a convolution, three times that with the gradients of
     weights and inputs (no input's gradient for the stem); times images a step, times steps."""
@@ -2759,14 +2767,16 @@ def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     for conv, ((_, output),) in zip(convs, calls):
         flops += 2 * (2 if conv is model.stem else 3) * conv.weight.numel() * output[0, 0].numel()
 
-    assert lecture('bench', '--tflops', 2) == 0
+    assert lecture('bench', '--tflops', 50, '--tflops-vae', 2) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     measured = [line[0] for line in lines if 'training' in line or 'sampling' in line]
     assert measured == ['small'] * 4 + ['cifar10'] * 4
     (projected,) = [line[3:] for line in lines if line[:3] == ['small', 'stage', '1']]
-    total, hours = map(float, projected)
+    total, hours = map(float, projected[:2])
     assert total == pytest.approx(flops * 6 * 10**8, rel=0.05)
-    assert hours == pytest.approx(total / 2e12 / 3600, rel=0.05)
+    assert hours == pytest.approx(total / 2e12 / 3600, rel=0.05)  # the VAE is float32
+    size = 4 * 4 * count(model)  # weights, averages, and Adam's two
+    assert float(projected[2][:-1]) == pytest.approx(100 * size / 1e9 / 60, abs=0.05)
 
 
 def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
@@ -2786,7 +2796,7 @@ def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
     for old, new in changes.items():
         assert text.count(old) == 1
         text = text.replace(old, new)
-    path.write_text(text, encoding='utf-8')
+    path.write_text(text, encoding='utf-8-sig')  # with a byte-order mark, as Notepad does
     assert lecture('grade', path, '--only', '1,2,3,4') == 1
     captured = capfd.readouterr()
     lines = captured.out.splitlines()
@@ -2892,6 +2902,21 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     error = torch.OutOfMemoryError('CUDA out of memory.\nTried to allocate 20 GiB.')
     monkeypatch.setattr(dv.Trained, 'paint', partial(raises, error))
     fails('GiB.; train --parts 2, or more', 'sample', '--out', trained)
+
+
+@pytest.mark.parametrize('console', ['ascii', None])
+def test_a_console_may_lack_letters_or_be_missing(trained, tmp_path, monkeypatch, console):
+    """A path of other letters is printed in other words; without a console nothing is printed."""
+    out = shutil.copytree(trained, tmp_path / 'é漢')
+    stream = console and io.TextIOWrapper(io.BytesIO(), encoding=console)
+    for name in ('stdout', 'stderr'):
+        monkeypatch.setattr(sys, name, stream)
+    command = ['sample', '--out', str(out), '--num', '1', '--steps', '1']
+    monkeypatch.setattr(sys, 'argv', ['diffusevae.py', *command])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(dv.__file__, run_name='__main__')
+    assert end.value.code == 0
+    assert console is None or b'\\xe9' in stream.buffer.getvalue()
 
 
 @pytest.mark.parametrize('error', [RuntimeError, ValueError, KeyError, NotImplementedError])
@@ -3108,8 +3133,8 @@ def grade_file(path, only):
     """
     chosen = chosen_numbers(only)
     try:
-        ast.parse(path.read_text(encoding='utf-8'))
-    except (SyntaxError, UnicodeDecodeError, ValueError) as error:
+        ast.parse(path.read_bytes())  # as bytes: Notepad writes a byte-order mark
+    except (SyntaxError, ValueError) as error:
         raise dv.UserError(f'{path}: {type(error).__name__}: {error}') from error
 
     # The tests of the exercises, in a process of their own, which may print, hang or exit.
@@ -3146,6 +3171,7 @@ def grade_file(path, only):
 
 BENCH_BATCH = 16
 BENCH_PRODUCT = 4096  # rows and columns
+BENCH_IMAGES = dict(cifar10=50_000, celeba64=162_770, celebahq128=28_500, celebahq256=28_500)
 
 
 def bench_setup(preset, stage, device, layout, fast=False, **changes):
@@ -3206,19 +3232,34 @@ def bench_speed(device_name):
             print(f'{preset:8} {str(dtype)[6:]:8} {work.__name__} {speed}')
 
 
-def bench_projection(tflops):
-    """Print the FLOPs of each preset's whole runs, and their hours; nothing is computed."""
-    print(f'\nA projection: FLOPs of a whole run, and hours at {tflops} TFLOP/s')
-
-    def loss_and_gradient(model, inputs):
-        model(**inputs)['loss'].backward()
-
+def bench_run(preset, stage):
+    """FLOPs of a whole run, and the VAE's share; FLOPs and bytes to save it once, and how often."""
     meta = torch.device('meta')
+    settings, model, inputs = bench_setup(preset, stage, meta, torch.channels_last)
+    steps = settings.steps or settings.epochs * BENCH_IMAGES[preset] // settings.batch
+    total = steps * count_flops(lambda: model(**inputs)['loss'].backward())
+    of_vae = total
+    of_picture = 0
+    if stage == 2:  # whose picture takes 50 calls for 16 images
+        of_vae = steps * count_flops(lambda: model.vae(inputs['x'], inputs['eps_z']))
+        condition = model.condition(inputs['x'], inputs['eps_z'])
+        call = count_flops(lambda: model.eps_theta(inputs['x'], inputs['t'], condition))
+        of_picture = 50 * 16 * call / settings.batch
+    size = 4 * (
+        2 * count(model) + 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    )
+    return total, of_vae, of_picture, size, settings.save_every
+
+
+def bench_projection(tflops, tflops_vae):
+    """Print what each preset's whole runs cost; nothing is computed."""
+    print('\nA projection: FLOPs of a whole run; its hours, without saving; the share of time that')
+    print('saving adds, at 1 GB/s, with its pictures')
     for preset, stage in itertools.product(dv.PRESETS, (1, 2)):
-        settings, model, inputs = bench_setup(preset, stage, meta, torch.channels_last)
-        total = settings.steps * count_flops(partial(loss_and_gradient, model, inputs))
-        hours = total / (tflops * 1e12) / 3600
-        print(f'{preset:12} stage {stage} {total:9.1e} {hours:9.1f}')
+        total, of_vae, of_picture, size, save_every = bench_run(preset, stage)
+        hours = (of_vae / tflops_vae + (total - of_vae) / tflops) / 1e12 / 3600
+        saving = (size / 1e9 + of_picture / tflops / 1e12) / save_every
+        print(f'{preset:12} stage {stage} {total:9.1e} {hours:9.1f} {saving:9.1%}')
 
 
 # ---- The command line ----------------------------------------------------------------------------
@@ -3249,7 +3290,8 @@ def parse(arguments):
     text = "speed of two networks as a share of the device's own, and costs of the presets' runs"
     sub = commands.add_parser('bench', help=text, description=text, allow_abbrev=False)
     sub.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: cuda if there is one')
-    sub.add_argument('--tflops', type=float, default=50.0, help='to project (default 50)')
+    sub.add_argument('--tflops', type=float, default=50.0, help='of the U-Net (default 50)')
+    sub.add_argument('--tflops-vae', type=float, default=20.0, help='in float32 (default 20)')
 
     return parser.parse_args(arguments)
 
@@ -3259,10 +3301,11 @@ def main(arguments=None):
     try:
         options = parse(arguments)
         if options.command == 'bench':
-            if not 1e-6 <= options.tflops <= 1e6:
-                raise dv.UserError(f'--tflops {options.tflops}: not from 1e-6 to 1e6')
+            for tflops in (options.tflops, options.tflops_vae):
+                if not 1e-6 <= tflops <= 1e6:
+                    raise dv.UserError(f'--tflops {tflops}: not from 1e-6 to 1e6')
             bench_speed(options.device)
-            bench_projection(options.tflops)
+            bench_projection(options.tflops, options.tflops_vae)
         elif options.command == 'grade':
             return grade_file(options.file, options.only)
         elif options.list:
