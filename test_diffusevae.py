@@ -2040,8 +2040,12 @@ def test_progress_is_one_line(monkeypatch, capsys, terminal):
 
 def test_preset_settings():
     """The numbers of the paper's training, as section 4 of the brief gives them."""
-    cifar10 = dict(lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, flip=True, batch=256, heads=8)
-    vae = dict(lr=1e-4, clip=math.inf, ema=0, flip=False, batch=128, kl_weight=1.0, z_dim=512)
+    cifar10 = dict(
+        lr=2e-4, warmup=5000, clip=1.0, ema=0.9999, flip=True, batch=256, heads=8, cooldown=0
+    )
+    vae = dict(
+        lr=1e-4, cooldown=0, clip=math.inf, ema=0, flip=False, batch=128, kl_weight=1.0, z_dim=512
+    )
     for preset, stage, expected in (
         ('cifar10', 2, cifar10 | dict(dropout=0.3, epochs=2850)),
         ('cifar10', 1, vae | dict(epochs=500)),
@@ -2083,7 +2087,7 @@ def test_an_option_exists_only_where_it_is_used(capsys):
     names = set()
     for command, known, unknown in (
         ('train --stage 1', ['--z-dim Z', 'weight of the KL (default 0.1)'], '--channels'),
-        ('train --stage 2', ['--cond-drop', '--heads', '(default 2000)'], '--kl-weight'),
+        ('train --stage 2', ['--cond-drop', '--heads', '(default 1600)'], '--kl-weight'),
         ('train --stage 2 --form uncond', ['--heads'], '--z-cond'),
         ('sample', ['--gmm', '--png', '(default runs/shapes)'], '--attribute'),
         ('chain', ['--steps', '(default 50)'], '--num'),
@@ -2177,6 +2181,21 @@ def test_resumed_training_is_bit_identical(trained, tmp_path, monkeypatch, capsy
     assert contents(path) == contents(tmp_path / 'whole' / path.name)
 
 
+def test_learning_rate_rises_and_falls(tmp_path, monkeypatch):
+    """Linearly in the first two of six steps, and in the last half, never to 0."""
+    rates = []
+    step = torch.optim.Adam.step
+
+    def recorded_step(self):
+        rates.append(self.param_groups[0]['lr'])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, 'step', recorded_step)
+    command = ['train', '--stage', 1, '--out', tmp_path, *FEW, '--steps', 6, '--lr', 0.006]
+    assert run(*command, '--warmup', 2, '--cooldown', 0.5) == 0
+    assert rates == pytest.approx([0.003, 0.006, 0.006, 0.006, 0.004, 0.002])
+
+
 def test_every_step_draws_its_own_noise(tmp_path, monkeypatch):
     """Noise of the module and of dropout: a function of (seed, step) alone, of dropout of the
     process, too. (What a step leaves in a buffer, which no gradient moves, is averaged, too.)"""
@@ -2255,7 +2274,7 @@ def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path):
     """Settings that a checkpoint lacks take their default."""
     for name in ('stage1', 'stage2-form1'):
         saved = torch.load(trained / f'{name}.pt', weights_only=True)
-        for option in ('dropout', 'signal', 'cond_drop', 'warmup'):
+        for option in ('dropout', 'signal', 'cond_drop', 'warmup', 'cooldown'):
             saved['settings'].pop(option, None)
         torch.save(saved, tmp_path / f'{name}.pt')
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14) == 0
@@ -2762,7 +2781,7 @@ def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     model = dv.build(config(1), 3)
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     calls = [recorded(conv) for conv in convs]
-    model(torch.rand(1, 3, 16, 16), torch.zeros(1, 16))
+    model(torch.rand(1, 3, 16, 16), torch.zeros(1, 8))
     flops = 0
     for conv, ((_, output),) in zip(convs, calls):
         flops += 2 * (2 if conv is model.stem else 3) * conv.weight.numel() * output[0, 0].numel()
