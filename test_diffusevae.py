@@ -2086,8 +2086,8 @@ def test_an_option_exists_only_where_it_is_used(capsys):
     unrecognized. At most 40 different ones."""
     names = set()
     for command, known, unknown in (
-        ('train --stage 1', ['--z-dim Z', 'weight of the KL (default 0.1)'], '--channels'),
-        ('train --stage 2', ['--cond-drop', '--heads', '(default 1600)'], '--kl-weight'),
+        ('train --stage 1', ['--z-dim Z', 'weight of the KL (default 0.2)'], '--channels'),
+        ('train --stage 2', ['--cond-drop', '--heads', '(default 1800)'], '--kl-weight'),
         ('train --stage 2 --form uncond', ['--heads'], '--z-cond'),
         ('sample', ['--gmm', '--png', '(default runs/shapes)'], '--attribute'),
         ('chain', ['--steps', '(default 50)'], '--num'),
@@ -2261,7 +2261,7 @@ def test_a_run_that_cannot_become_good_says_so(tmp_path, capsys, monkeypatch):
 def test_resume_finish_extend_contradict(trained, capsys):
     """A finished run says how to extend it; settings of a run cannot be changed."""
     before = (trained / 'stage1.pt').read_bytes()
-    assert run('train', '--stage', 1, '--out', trained) == 0  # 1500 steps are not asked for
+    assert run('train', '--stage', 1, '--out', trained) == 0  # 1200 steps are not asked for
     assert 'a larger --steps extends it' in capsys.readouterr().out
     assert run('train', '--stage', 1, '--out', trained, '--batch', 8) == 2
     assert '--batch 8' in capsys.readouterr().err
