@@ -1467,19 +1467,14 @@ def has_fast_bfloat16(device):
     return 'amx_bf16' in cpu or ('avx512_bf16' in cpu and 'AuthenticAMD' in cpu)
 
 
-def build_vae(settings, channels):
-    """The VAE of stage 1's settings with fresh weights, for images of so many channels."""
-    layout = vae_layout(settings)
-    return VAE(channels, settings.size, *layout, settings.kl_weight, settings.signal)
-
-
 def build(settings, channels):
-    """The module of a stage, a VAE or a DiffuseVAE, with fresh weights."""
+    """The module of a stage, a VAE or a DiffuseVAE, with fresh weights, for so many channels."""
     if settings.stage == 1:
-        return build_vae(settings, channels)
+        layout = vae_layout(settings)
+        return VAE(channels, settings.size, *layout, settings.kl_weight, settings.signal)
     vae = None
     if settings.vae is not None:
-        vae = build_vae(resolve({}, settings.vae, None), channels)
+        vae = build(resolve({}, settings.vae, None), channels)  # by the settings of its stage 1
 
     # The U-Net of the baseline sees x_t alone; the others the draft beside it, as more channels.
     layers = dict(channels=settings.channels, multipliers=settings.multipliers)
@@ -1700,6 +1695,8 @@ def train(typed):
     model = new_model(settings, first, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pairs = zip(averaged.parameters(), model.parameters())
+    averages = [average for average, parameter in pairs if parameter.requires_grad]
     fused = device.type in ('cpu', 'cuda')  # one pass over all weights; not everywhere to be had
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=fused)
     if saved:
@@ -1745,7 +1742,7 @@ def train(typed):
 
         # The averaged weights follow. Buffers are copied: a batch norm, if somebody builds one in,
         # has its statistics in them.
-        ema_update(list(averaged.parameters()), list(model.parameters()), step, settings.ema)
+        ema_update(averages, parameters, step, settings.ema)
         for average, buffer in zip(averaged.buffers(), model.buffers()):
             average.copy_(buffer)
 
