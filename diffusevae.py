@@ -89,7 +89,8 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
 # (It bounds image and signal together. Where y is the image itself, that counts the image twice,
-# once as the VAE models it and once as the diffusion model does.)
+# once as the VAE models it and once as the diffusion model does: it says what to train, and is no
+# likelihood. Without log p(y|z) it bounds log p(x_0) alone.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -206,9 +207,9 @@ class VAE(nn.Module):
         self.kl_weight = kl_weight
         self.signal = SIGNALS[signal]
 
-        # The mean colour of y over the training set is subtracted from what the encoder sees: else
-        # the code may die where most pixels are black or white (NOTES 4). This is an addition to
-        # the paper. Training sets it when it begins.
+        # The mean colour of y over the training set is subtracted from what the encoder sees: else,
+        # where most pixels are black or white, the code may come to carry nothing, with all drafts
+        # alike (NOTES 4). This is an addition to the paper. Training sets it when it begins.
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -417,8 +418,8 @@ def quadratic_times(schedule, steps):
     # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
     # 0.8 T, where sqrt(alpha_bar), the factor of x_0 in x_t, is 0.039 for the linear schedule with
     # T = 1000. Here t_start is the first time below this: the same, but it suits other schedules,
-    # too. (N(0, I) lacks these 4% of the image.) A single step starts at T - 1, as always if the
-    # grid is uniform.
+    # too. (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error,
+    # which is accepted.) A single step starts at T - 1, as always if the grid is uniform.
     T = len(schedule)
     if steps == 1:
         return [T - 1]
@@ -481,6 +482,7 @@ class Diffusion(nn.Module):
     ):
         """Run the reverse chain from x_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
 
+        x_T: N(0, I) noise, taken as x_t at the first time of the grid, which need not be T.
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
         broadcasts to x_T's: [1, C, H, W] if all images share it.
         sampler, spacing: names in SAMPLERS and SPACINGS.
@@ -691,7 +693,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it.
+        # Where the device is fast at bfloat16, autocast computes the products in it. (Where it is
+        # disabled it still wants the name of a device that has it.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -842,8 +845,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's, beside the z that it
-        belongs to;
+        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's. z is needed all the
+        same: any, if the U-Net has no z_dim, else the code that the draft belongs to;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         The baseline returns None for the draft. To be called in eval mode, without dropout.
