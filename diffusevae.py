@@ -2230,8 +2230,10 @@ def fit_mixture(z, K, generator):
     before = -math.inf
     for iteration in range(1, 101):
         mixture, r, likelihood = em_step(z, r)
-        progress.show(f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}')
-        if likelihood - before < 1e-3:  # nats a code
+        done = iteration == 100 or likelihood - before < 1e-3  # nats a code
+        text = f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}'
+        progress.show(text, end=done)
+        if done:
             break
         before = likelihood
     return mixture
