@@ -3044,15 +3044,17 @@ def test_a_step_in_parts_is_the_same_step(trained, tmp_path, capsys):
             out = shutil.copytree(trained, tmp_path / f'{stage}-{parts}')
             name = 'stage1.pt' if stage == 1 else 'stage2-form1.pt'
             (out / name).unlink()
-            more = ['--clip', 0.5, '--steps', 3, '--parts', parts]
+            more = ['--clip', 'inf', '--steps', 3, '--parts', parts]
             assert run('train', '--stage', stage, '--out', out, *few, '--batch', 6, *more) == 0
-            found.append(torch.load(out / name, weights_only=True)['model'])
+            saved = torch.load(out / name, weights_only=True)
+            moments = {i: state['exp_avg'] for i, state in saved['optimizer']['state'].items()}
+            found.append(saved['model'] | moments)  # Adam's steps alone forget the gradient's size
             line = capsys.readouterr().out.splitlines()[-2]
             found.append(float(re.search(r' loss ([\d.e-]+)', line)[1]))
         whole, loss, in_parts, loss_of_parts = found
         assert loss_of_parts == pytest.approx(loss, rel=1e-3)
         for name, value in whole.items():
-            assert torch.allclose(in_parts[name], value, rtol=0, atol=2e-5), name
+            assert torch.allclose(in_parts[name], value, rtol=1e-3, atol=2e-5), name
     assert run('train', '--stage', 1, '--out', tmp_path / 'odd', '--batch', 6, '--parts', 4) == 2
     assert '4 --parts' in capsys.readouterr().err
 
