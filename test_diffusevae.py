@@ -2613,16 +2613,16 @@ def test_distance_is_small_for_equal_sets_and_grows_with_every_damage():
 def test_distance_of_known_gaussians():
     """W_1(N(0, 1), N(0, s^2)) = |s - 1| sqrt(2 / pi) along each direction; and dim is farther than
     noise of the sample, also where a channel is black in all images."""
-    real = randn(600, 2, 8, 8).float()
-    again = randn(600, 2, 8, 8, seed=1).float()
+    real = randn(300, 2, 8, 8).float()
+    again = randn(300, 2, 8, 8, seed=1).float()
     for s in (0.7, 1.5):
         expected = 1000 * abs(s - 1) * math.sqrt(2 / math.pi)
-        assert dv.sliced_wasserstein(s * again, real)[0] == pytest.approx(expected, rel=0.05)
-    assert dv.sliced_wasserstein(again, real)[0] < 40
+        assert dv.sliced_wasserstein(s * again, real)[0] == pytest.approx(expected, rel=0.08)
+    assert dv.sliced_wasserstein(again, real)[0] < 60
 
-    green = load_images('shapes').batch(slice(200)) * tensor(0, 1, 0).view(3, 1, 1).float()
-    halves = dv.sliced_wasserstein(green[:100], green[100:]).mean()
-    dim = dv.sliced_wasserstein(0.9 * green[:100], green[100:]).mean()
+    green = load_images('shapes').batch(slice(100)) * tensor(0, 1, 0).view(3, 1, 1).float()
+    halves = dv.sliced_wasserstein(green[:50], green[50:]).mean()
+    dim = dv.sliced_wasserstein(0.8 * green[:50], green[50:]).mean()
     assert 0 < 1.2 * halves < dim
 
 
