@@ -2725,7 +2725,7 @@ def test_fit_of_a_mixture_ends_when_it_gains_nothing(monkeypatch):
 def test_evaluate_measures_every_model_with_the_same_sampler(trained, tmp_path, capsys):
     """The table has the floor, the drafts, and all models by steps; it takes what images there are,
     and no models of different images."""
-    command = ['evaluate', '--out', trained, '--num', 30, '--steps', '1,2', '--sampler', 'ddim']
+    command = ['evaluate', '--out', trained, '--num', 12, '--steps', '1,2', '--sampler', 'ddim']
     assert run(*command) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     rows = {line[:34].strip(): re.findall(r'[\d.]+', line[34:]) for line in lines}
@@ -2778,6 +2778,7 @@ def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     monkeypatch.setattr(dv, 'PRESETS', {'small': preset, 'cifar10': preset})
     monkeypatch.setitem(dv.PAPER_VAES, 'cifar10', dv.vae_layout(config(1)))
     monkeypatch.setattr(sys.modules[__name__], 'BENCH_PRODUCT', 32)
+    monkeypatch.setattr(sys.modules[__name__], 'BENCH_BATCH', 2)
     model = dv.build(config(1), 3)
     convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     calls = [recorded(conv) for conv in convs]
