@@ -1324,7 +1324,7 @@ class Options:
     data: str = option(f'{", ".join(DATA_SETS)}, or a folder of pictures')
     root: str = option('folder where the files of a named set are, or go')
     device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)')
-    seed: int = option('seed of weights, batches, z and noise')
+    seed: int = option('seed of weights, batches, z and noise', low=0, high=2**63 - 1)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -1802,7 +1802,7 @@ class Trained:
 
     @property
     def chunk(self):
-        """How many images are drawn at once: 64, and less from 128x128 pixels on, 4 of 256x256."""
+        """How many images are drawn at once: 64, less above 64x64 pixels, 4 of 256x256."""
         return max(1, min(64, 512**2 // self.settings.size**2))
 
     @property
@@ -2047,7 +2047,10 @@ def chain(options):
     # other models' follow, from the same noise, if they were trained on the same images.
     for run in [run for run in load_all(options) if same_images(run.facts, trained.facts)]:
         passed = []
-        _, refined = run.paint(options, mu, run.shared_noise(options.seed), passed=passed)
+        own, code = replace(options, guidance=0.0), mu  # the baseline looks at neither
+        if run.model.vae is not None:
+            own, code = options, run.encode(x)[0]  # its VAE may be another
+        _, refined = run.paint(own, code, run.shared_noise(options.seed), passed=passed)
         passed.reverse()
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
             images = torch.cat([passed[time][i] for time in picked]).cpu()
@@ -2162,8 +2165,8 @@ def laplacian_pyramid(x):
 def sliced_wasserstein(images, real, patches=64, directions=128):
     """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
 
-    patches: of each image; directions: on which they are projected. Returns [levels]; ValueError
-    for sets of different shapes. Source: Karras et al., 2018. It needs no pretrained network; it is
+    patches: of each image; directions: on which they are projected. Returns [levels].
+    Source: Karras et al., 2018. It needs no pretrained network; it is
     not FID, nor comparable.
     """
     # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
@@ -2257,16 +2260,20 @@ def mixture_of_codes(trained, K):
 
     # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
     number = max(5000, 4 * K * trained.vae.z_dim)
-    mu, logvar = trained.encode_all(trained.images(train=True, num=number))
+    images = trained.images(train=True, num=number)
+    if not same_images(trained.facts | {'first': images.pixels[:8]}, trained.facts):
+        raise UserError(f'--data {trained.settings.data}: not the images of {trained.path}')
+    mu, logvar = trained.encode_all(images)
     generator = make_generator('gmm')
     z = reparameterize(mu, logvar, torch.randn(mu.shape, generator=generator)).double()
-    if trained.device.type == 'cuda':  # other devices lack float64
+    if trained.device.type == 'cuda':  # (MPS lacks float64)
         z = z.to(trained.device)
     weights, means, covariances = fit_mixture(z, K, generator)
     factors = torch.linalg.cholesky(covariances)
     mixture = [tensor.float().cpu() for tensor in (weights, means, factors)]
     content = {'first_codes': first_codes, 'mixture': mixture}
-    write_atomically(path, partial(torch.save, content))
+    if RANK == 0:
+        write_atomically(path, partial(torch.save, content))
     return mixture
 
 
