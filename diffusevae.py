@@ -1362,7 +1362,7 @@ class TrainingOptions(Options):
     cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     parts: int = option('parts of a step, one after the other, to save memory', low=1)
-    epochs: int = option('passes over the images, which make the steps', low=1)
+    epochs: int = option('as many steps as so many passes over the images have', low=1)
     steps: int = option('training steps; a larger number extends a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
@@ -1563,7 +1563,7 @@ def training_inputs(model, images, settings, step, device):
     The whole batch is a function of (seed, step), whatever the number of processes.
     """
     # Draw the batch: which images, which of them mirrored, and what the module asks for. Images are
-    # drawn with replacement: without epochs a step depends on no step before it.
+    # drawn with replacement, not shuffled once an epoch: a step depends on no step before it.
     generator = make_generator(settings.seed, 'step', step)
     x = images.batch(torch.randint(len(images.pixels), (settings.batch,), generator=generator))
     mirrored = torch.rand(settings.batch, 1, 1, 1, generator=generator) < 0.5 * settings.flip
@@ -1652,7 +1652,7 @@ def new_model(settings, first, images, device):
     # The encoder sees colours relative to the mean colour of y, and the decoder starts from it.
     # Where most pixels are black, or white, training would else begin with driving the last sigmoid
     # to where it is flat, and with it all gradients to the code, before it says anything (NOTES 4).
-    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # at most 1.2 GB
+    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # with y at most 2.4 GB
     y = model.signal(images.batch(slice(n)))
     mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
     model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
@@ -2165,14 +2165,16 @@ def laplacian_pyramid(x):
 def sliced_wasserstein(images, real, patches=64, directions=128):
     """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
 
-    patches: of each image; directions: on which they are projected. Returns [levels].
-    Source: Karras et al., 2018. It needs no pretrained network; it is
+    patches: of each image; directions: on which they are projected. Returns [levels]; ValueError
+    for sets of different shapes. Source: Karras et al., 2018. It needs no pretrained network; it is
     not FID, nor comparable.
     """
     # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
     # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
     # directions. Both sets are normalised by the real one's mean and deviation: normalised by
     # their own, drifting colours and weak contrast would not show.
+    if images.shape != real.shape:
+        raise ValueError(f'sets of different shapes: {images.shape} and {real.shape}')
     generator = make_generator('sliced Wasserstein')
     distances = []
     for of_images, of_real in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
@@ -2292,7 +2294,8 @@ def evaluate(options):
     training = runs[0].images(train=True, num=options.num * options.seeds)
     num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
     if num < 2:
-        raise UserError(f'--seeds {options.seeds}: too few images, {len(held_out.pixels)} held out')
+        asked = f'--num {options.num}, --seeds {options.seeds}'
+        raise UserError(f'{asked}: too few images, {len(held_out.pixels)} held out')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 

@@ -53,7 +53,7 @@ GRADED = Path(os.environ.get('DIFFUSEVAE', HERE / 'diffusevae.py')).resolve()
 
 torch.set_num_threads(2)
 T = 1000
-CODE_LINES = 1259
+CODE_LINES = 1262
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
 
@@ -2526,6 +2526,20 @@ def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, 
         assert torch.equal(x_0_pred[0], x_t[0])
 
 
+def test_chain_gives_each_model_the_codes_of_its_own_vae(trained, tmp_path, shown):
+    """Stage 1 may have been extended between two forms."""
+    copied = shutil.copytree(trained, tmp_path / 'copy')
+    saved = torch.load(copied / 'stage2-form2.pt', weights_only=True)
+    saved['ema']['vae.mu.weight'] *= -2
+    torch.save(saved, copied / 'stage2-form2.pt')
+    pictures = []
+    for form in ([], ['--form', '2']):  # below the first form, and alone
+        assert run('chain', '--out', copied, '--steps', 2, *form) == 0
+        names, rows, _ = shown['chain']
+        pictures.append(rows[names.index('form2')])
+    assert torch.equal(*pictures)
+
+
 def test_edit_moves_along_the_difference_of_mean_codes(trained, shown):
     """Codes move from -2 to 2 times the mean of circles minus that of all others."""
     command = ['edit', '--out', trained, '--steps', 1, '--num', 5, '--attribute', 'kind=circle']
@@ -2608,6 +2622,8 @@ def test_distance_is_small_for_equal_sets_and_grows_with_every_damage():
         steps = [floor, *[dv.sliced_wasserstein(x, real).mean() for x in damaged]]
         assert steps == sorted(steps) and steps[-1] > 1.5 * floor, (name, steps)
     assert dv.sliced_wasserstein(real, real).tolist() == [0, 0, 0]  # 32, 16, 8 pixels
+    with pytest.raises(ValueError, match='different shapes'):
+        dv.sliced_wasserstein(ours[:3], real)
 
 
 def test_distance_of_known_gaussians():
@@ -2710,6 +2726,11 @@ def test_ex_pde_draws_codes_from_a_mixture_fitted_to_the_training_images(
     kept.vae.mu.weight.data *= 2
     kept.new_chunk(options, 0)
     assert len(fits) == 2
+
+    # As --data may name another folder: a mixture of its images is refused.
+    other = dv.replace(kept, facts=kept.facts | {'first': 255 - kept.facts['first']})
+    with pytest.raises(dv.UserError, match='not the images of'):
+        other.new_chunk(options, 0)
 
 
 def test_fit_of_a_mixture_ends_when_it_gains_nothing(monkeypatch):
