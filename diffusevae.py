@@ -45,9 +45,11 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
@@ -439,7 +441,7 @@ SPACINGS = {'uniform': uniform_times, 'quadratic': quadratic_times}
 
 
 def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
-    """The loss of stage 2: the mean over batch, channels and pixels of (eps - eps_theta)^2.
+    """The loss of stage 2, a mean over batch, channels and pixels.
 
     eps_theta: a function of x_t [B, C, H, W] and t [B]; x_0, eps: [B, C, H, W]; alpha_bar: the
     schedule [T]; t: [B], a time for each image. Returns a tensor of shape [].
@@ -1021,7 +1023,7 @@ def download(dataset, data, root, **split):
     """A set of torchvision, from the folder `root` or, if it is not there, from the network."""
     try:
         return dataset(root, download=True, **split)
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # those of gdown are of many kinds
         raise UserError(f'--data {data}, in --root {root}: {error}') from error
 
 
@@ -1078,7 +1080,7 @@ def read_pictures(paths, size, crop):
     # Linux promises more memory than there is, and kills who uses it: better to ask before.
     if hasattr(os, 'sysconf'):
         memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-        room = memory * 4 // 5 // (3 * size**2)
+        room = memory * 4 // 5 // (3 * size**2) // WORLD
         if len(paths) > room:
             raise UserError(f'--data: of {len(paths)} pictures {room} fit into the memory')
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
@@ -1363,7 +1365,9 @@ class TrainingOptions(Options):
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     parts: int = option('parts of a step, one after the other, to save memory', low=1)
     epochs: int = option('as many steps as so many passes over the images have', low=1)
-    steps: int = option('training steps; a larger number extends a run', low=1)
+    steps: int = option(
+        'training steps, also instead of --epochs; more of them extend a run', low=1
+    )
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
     cooldown: float = option('share of the steps, at the end, over which it falls', low=0, high=1)
@@ -1429,6 +1433,7 @@ class SamplingOptions(Options):
     png: bool = option('a folder of single images instead of a grid')
     attribute: str = option('kind=circle, size>0.5, digit=3, Smiling; a folder has none')
     seeds: int = option('seeds, from --seed on', low=1, high=1000)
+    picture: str = option('the name of the picture; no option of the command line')
 
 
 # What all commands that generate images have; what each has beside it is said in COMMANDS.
@@ -1452,7 +1457,7 @@ def choose_device(name):
     torch.backends.cudnn.allow_tf32 = False
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try:
-        if WORLD > 1 and torch.cuda.is_available():
+        if WORLD > 1 and name == 'cuda':
             torch.cuda.set_device(int(os.environ['LOCAL_RANK']))  # which of the GPUs `cuda` is
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -1531,7 +1536,7 @@ def load_training_images(settings, path):
     # All processes hold the images, but the first may have to download them: the others wait. If it
     # fails, torchrun ends them.
     if WORLD > 1:
-        dist.init_process_group()
+        dist.init_process_group(timeout=timedelta(days=1))
     if RANK > 0:
         dist.barrier()
     images = load_images(settings, train=True)
@@ -1948,7 +1953,7 @@ def sample(options):
     long = rows_of(*trained.new_images(options))
     starts = range(0, options.num, 16)
     rows = [(label, images[i : i + 16]) for i in starts for label, images in long]
-    trained.write_picture('samples', rows)
+    trained.write_picture(options.picture, rows)
 
 
 def write_pngs(trained, options):
@@ -1991,7 +1996,7 @@ def slerp(a, b, w):
     # sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b
     #
     # The mean of two noises has half of the variance that the network was trained on; on the arc
-    # it stays (NOTES 2.8). The cosine is clamped, so that parallel vectors work, too.
+    # it stays (NOTES 2.8). For parallel vectors the weights are 0 / 0: the cosine is kept below 1.
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999)
     theta = cosine.acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
@@ -2016,7 +2021,7 @@ def reconstruct(options):
     if trained.vae.signal is not SIGNALS['image']:
         rows.append(('y', trained.vae.signal(x)))  # what the VAE models of it
     rows += rows_of(*trained.paint(options, mu, trained.shared_noise(options.seed)))
-    trained.write_picture('reconstruct', rows)
+    trained.write_picture(options.picture, rows)
 
 
 def chain(options):
@@ -2055,7 +2060,7 @@ def chain(options):
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
             images = torch.cat([passed[time][i] for time in picked]).cpu()
             rows.append((label, torch.cat([refined, (images + 1) / 2])))
-    trained.write_picture('chain', rows, columns)
+    trained.write_picture(options.picture, rows, columns)
 
 
 def interpolate(options):
@@ -2079,7 +2084,7 @@ def interpolate(options):
     z = mu[:1].expand(len(weights), -1)
     _, refined = trained.paint(options, z, between)
     rows.append(('new noise', refined))
-    trained.write_picture('interpolate', rows, [f'{w:.2f}' for w in weights])
+    trained.write_picture(options.picture, rows, [f'{w:.2f}' for w in weights])
 
 
 def has_attribute(labels, text):
@@ -2119,7 +2124,7 @@ def edit(options):
     for code in mu:
         z = code + strengths[:, None] * direction
         rows += rows_of(*trained.paint(options, z, trained.shared_noise(options.seed)))
-    trained.write_picture('edit', rows, [f'{strength:+.1f}' for strength in strengths])
+    trained.write_picture(options.picture, rows, [f'{strength:+.1f}' for strength in strengths])
 
 
 def robust(options):
@@ -2144,7 +2149,7 @@ def robust(options):
     for label, damaged in (('noise', noisy), ('blur', blurred), ('blocks', missing)):
         _, refined = trained.paint(options, z, trained.shared_noise(options.seed), damaged)
         rows += [(label, damaged), ('refined', refined)]
-    trained.write_picture('robust', rows, [f'{strength:.2f}' for strength in strengths])
+    trained.write_picture(options.picture, rows, [f'{strength:.2f}' for strength in strengths])
 
 
 # ==== 10. QUALITY =================================================================================
@@ -2234,7 +2239,7 @@ def fit_mixture(z, K, generator):
     progress = Progress()
     before = -math.inf
     for iteration in range(1, 101):
-        mixture, r, likelihood = em_step(z, r)
+        mixture, r, likelihood = em_step(z, r.clamp(min=1e-12))  # none becomes empty
         done = iteration == 100 or likelihood - before < 1e-3  # nats a code
         text = f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}'
         progress.show(text, end=done)
@@ -2256,8 +2261,8 @@ def mixture_of_codes(trained, K):
     # they have changed, the VAE is another.
     path = trained.path.with_name(f'gmm{K}.pt')
     first_codes, _ = trained.encode(trained.facts['first'] / 255)
-    saved = torch.load(path, weights_only=True) if path.exists() else {'first_codes': None}
-    if saved['first_codes'] is not None and torch.equal(saved['first_codes'], first_codes):
+    saved = load_checkpoint(path)
+    if saved is not None and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
         return saved['mixture']
 
     # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
@@ -2273,7 +2278,8 @@ def mixture_of_codes(trained, K):
     weights, means, covariances = fit_mixture(z, K, generator)
     factors = torch.linalg.cholesky(covariances)
     mixture = [tensor.float().cpu() for tensor in (weights, means, factors)]
-    content = {'first_codes': first_codes, 'mixture': mixture}
+    content = dict(settings=asdict(trained.settings), images=trained.facts)
+    content |= dict(first_codes=first_codes, mixture=mixture)
     if RANK == 0:
         write_atomically(path, partial(torch.save, content))
     return mixture
@@ -2397,8 +2403,16 @@ def parse(argv):
 
     # `train` has to know what was typed, to tell it from what its checkpoint says.
     typed = vars(parser.parse_args(argv))
-    run, defaults, _ = COMMANDS[typed.pop('command')]
-    return run, typed if run is train else SamplingOptions(**(defaults | typed))
+    command = typed.pop('command')
+    run, defaults, _ = COMMANDS[command]
+    if run is train:
+        return run, typed
+
+    # A picture is named after what was typed: so none replaces another.
+    elsewhere = ('out', 'form', 'data', 'root', 'device')
+    named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in elsewhere]
+    picture = quote('-'.join([command, *named]), safe='=')
+    return run, SamplingOptions(picture=picture, **(defaults | typed))
 
 
 def main(argv=None):
@@ -2425,7 +2439,7 @@ def main(argv=None):
 
 if __name__ == '__main__':
     # There may be no console, or one that lacks the letters of a path.
-    if sys.stdout is None:
-        sys.stdout = sys.stderr = io.TextIOWrapper(io.BytesIO())
+    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
+    sys.stderr = sys.stderr or sys.stdout
     sys.stdout.reconfigure(errors='backslashreplace')
     sys.exit(main())

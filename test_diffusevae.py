@@ -78,7 +78,8 @@ TIME_LIMIT = 60  # seconds a test; a quarter of it for an exercise's own, which 
 
 
 def exercise(name, points):
-    """Makes a class the tests of the exercise `name`."""
+    """Makes a class the tests of the exercise `name`. The class has a docstring if its formula can
+    be derived: what a student's copy asks in its place."""
 
     def register(cls):
         cls.exercise = name
@@ -353,7 +354,9 @@ def pytest_runtest_makereport(item, call):
             report.longrepr = f'Exercise {EXERCISES[name].number}, {name}: {NOT_SOLVED}'
         elif not call.excinfo.errisinstance(AssertionError):
             said = f'{call.excinfo.typename}: {call.excinfo.value}'.splitlines()[0].rstrip(': ')
-            why = f'stops with {said} (in a test of: {property_of(item.function)})'
+            own = [line for line in call.excinfo.traceback if Path(line.path) == GRADED]
+            where = f', line {own[-1].lineno + 1}: {own[-1].statement}' if own else ''
+            why = f'stops with {said}{where} (in a test of: {property_of(item.function)})'
         FAILED.setdefault(name, why)
     return report
 
@@ -372,7 +375,7 @@ def pytest_terminal_summary(terminalreporter):
 
         why = ''
         if name in FAILED:
-            why = f'  {FAILED[name]}'
+            why = f'  {general_mistake(name, cls.solution) or FAILED[name]}'
             mistake = looks_like(name, cls.solution)
             if mistake is not None:
                 why += f' This looks like: {mistake}.'
@@ -417,8 +420,10 @@ class TestReparameterize:
         assert torch.allclose(logvar.grad, logvar.detach().exp(), rtol=0.1)
 
 
-@exercise('kl_divergence', points=2)
+@exercise('kl_divergence', points=3)
 class TestKLDivergence:
+    """The logarithms of two Gaussians, subtracted and averaged over q: what is left of them?"""
+
     def test_monte_carlo(self):
         """The KL is the mean of log q(z) - log p(z) over z ~ q."""
         mu = randn(3, 5, seed=1)
@@ -454,6 +459,9 @@ class TestKLDivergence:
 
 @exercise('negative_elbo', points=2)
 class TestNegativeELBO:
+    """Which loss is kl_weight times the negative bound, up to a constant, for a kl_weight of 2
+    sigma_y^2?"""
+
     def test_gaussian_decoder(self):
         """Up to a constant, the loss is kl_weight times the negative ELBO of a decoder with
         variance kl_weight / 2."""
@@ -516,8 +524,10 @@ class TestLinearSchedule:
         assert alpha_bar.shape == (1000,) and abs(alpha_bar[-1] - 4.04e-5) < 1e-7
 
 
-@exercise('q_sample', points=1)
+@exercise('q_sample', points=2)
 class TestQSample:
+    """Which x_t do all the steps up to t make of x_0 and one eps? What are their factors?"""
+
     def test_step_by_step(self):
         """Mean and variance are those after 300 steps y <- sqrt(1 - beta) y + sqrt(beta) noise."""
         x_0 = 0.8
@@ -547,6 +557,8 @@ class TestQSample:
 
 @exercise('predict_x0', points=1)
 class TestPredictX0:
+    """Solve `q_sample` for the image."""
+
     def test_inverts(self):
         """x_0 is the image that noised by eps makes x_t, whatever its range."""
         x_0 = 3 * randn(4, 5, seed=1)
@@ -567,8 +579,11 @@ class TestPredictX0:
         assert torch.allclose(dv.predict_x0(x_t, alpha_bar, eps), x_0)
 
 
-@exercise('q_posterior', points=3)
+@exercise('q_posterior', points=4)
 class TestQPosterior:
+    """Multiply the two Gaussians in x_prev, both of which are known, and complete the square. What
+    is beta, the variance that is added between the two times?"""
+
     def test_bayes_rule(self):
         """q(x_prev|x_t, x_0) is q(x_t|x_prev) q(x_prev|x_0), normalised: by numerical integration
         over x_prev, for neighbours and for coarse grids."""
@@ -649,6 +664,10 @@ class TestDDPMStep:
 
 @exercise('ddim_step', points=3)
 class TestDDIMStep:
+    """x_prev = sqrt(alpha_bar_prev) x_0_pred + (what?) eps + sigma noise, where sigma is eta times
+    the standard deviation of the posterior. Which factor of eps makes x_prev as noisy as
+    q(x_prev|x_0)?"""
+
     def test_deterministic(self):
         """For eta = 0, the default: the same x_0 and eps, noised to the next time."""
         x_0, eps, noise = 3 * randn(3, 50)
@@ -690,6 +709,8 @@ class TestDDIMStep:
 
 @exercise('ddpm_loss', points=2)
 class TestDDPMLoss:
+    """Noise each image to its own time. What is the network asked, and what is it to answer?"""
+
     x_0 = randn(3, 3, 4, 4, seed=1)
     eps = randn(3, 3, 4, 4, seed=2)
     t = torch.tensor([0, 500, 999])
@@ -785,7 +806,7 @@ class TestNetworkInput:
 # ---- Training and experiments --------------------------------------------------------------------
 
 
-@exercise('ema_update', points=2)
+@exercise('ema_update', points=1)
 class TestEMAUpdate:
     def test_by_a_loop_of_numbers(self):
         """In step n average <- d average + (1 - d) parameter, d = min(decay, (1 + n)/(10 + n))."""
@@ -820,6 +841,8 @@ class TestEMAUpdate:
 
 @exercise('slerp', points=2)
 class TestSlerp:
+    """Which weights of a and b turn a by w theta, in the plane of both? theta is their angle."""
+
     def test_ends(self):
         """w = 0 gives a and w = 1 gives b."""
         a, b = randn(2, 3, 8, 8)
@@ -858,8 +881,12 @@ def covariance_matrices(k, d, seed):
     return a @ a.mT + 0.5 * torch.eye(d, dtype=torch.float64)
 
 
-@exercise('em_step', points=3)
+@exercise('em_step', points=4)
 class TestEMStep:
+    """Which w, m and S maximise sum_nk r_nk log( w_k N(z_n; m_k, S_k) )? (`ridge` is added to the
+    diagonal of S, which may be singular else.) Which r are then p(k|z_n)? The densities underflow;
+    their logarithms do not."""
+
     z = randn(40, 3)
     r = randn(40, 2, seed=1).softmax(1)
 
@@ -919,7 +946,7 @@ WRONG = {
     'reparameterize': [
         ('variance for standard deviation', '.sqrt()', ''),
         ('logvar for standard deviation', 'logvar.exp().sqrt()', 'logvar'),
-        ('noise drawn anew in place of eps', '* eps', '* torch.randn_like(eps)'),
+        ('the noise is not scaled', 'logvar.exp().sqrt() * ', ''),
         ('wrong sign of logvar', 'logvar.exp', '(-logvar).exp'),
         ('no gradient to mu', 'mu +', 'mu.detach() +'),
         ('no gradient to logvar', 'logvar.exp', 'logvar.detach().exp'),
@@ -940,11 +967,22 @@ WRONG = {
         ('KL without kl_weight', 'kl_weight * kl', 'kl'),
         ('kl_weight weighs the error', 'kl_weight * kl + error', 'kl + kl_weight * error'),
         ('KL summed over the batch', '/ len(mu)', ''),
+        (
+            'all summed over the batch',
+            'kl_weight * kl + error, error, kl',
+            'len(x) * (error + kl_weight * kl), len(x) * error, len(x) * kl',
+        ),
     ],
     'linear_schedule': [
         ('beta one step ahead', 't * (', '(t + 1) * ('),
         ('beta_T is never reached', 'T - 1', 'T'),
         ('1 - beta without the product', 'product *=', 'product ='),
+        ('1 comes first, the last is missing', 'tensor(alpha_bar', 'tensor([1.0, *alpha_bar[:-1]]'),
+        (
+            'the root of beta is linear',
+            '(beta_1 + t * (beta_T - beta_1) / max(1, T - 1))',
+            '(beta_1**0.5 + t * (beta_T**0.5 - beta_1**0.5) / max(1, T - 1)) ** 2',
+        ),
         ('product of beta for 1 - beta', '1 - (beta_1', '(beta_1'),
         ('float32 for float64', '64', '32'),
         ('alpha_bar squared in the recursion', 'product *= 1 - (', 'product -= product**2 * ('),
@@ -954,7 +992,7 @@ WRONG = {
         ('alpha_bar for its square root', '* alpha_bar**0.5', '* alpha_bar'),
         ('the image is not scaled', '* alpha_bar**0.5', ''),
         ('1 - sqrt(alpha_bar) for 1 - alpha_bar', '1 - alpha_bar', '1 - alpha_bar**0.5'),
-        ('noise drawn anew in place of eps', 'eps *', 'torch.randn_like(eps) *'),
+        ('1 - sqrt(alpha_bar), no root over it', '(1 - alpha_bar) ** 0.5', '(1 - alpha_bar**0.5)'),
         ('the image has the weight of the noise', '* alpha_bar**0.5', '* (1 - alpha_bar)**0.5'),
     ],
     'predict_x0': [
@@ -1015,14 +1053,14 @@ WRONG = {
         ('Formulation 2 for both', "'1': x_t", "'1': x_t + x_hat"),
         ('Formulation 1 for both', "'2': x_hat + x_t", "'2': x_t"),
         ('the draft comes first', '(first, x_hat)', '(x_hat, first)'),
-        ('x_t is overwritten', "'2': x_hat + x_t", "'2': x_t.add_(x_hat)"),
+        ('x_hat alone in Formulation 2', "'2': x_hat + x_t", "'2': x_hat"),
     ],
     'ema_update': [
         ('the larger decay of both', 'd > decay', 'd < decay'),
         ('step for 1 + step', '(1 + step)', 'step'),
         ('the weights are exchanged', 'd * average + (1 - d)', '(1 - d) * average + d'),
         ('decay without the rise', 'd = (1 + step) / (10 + step)', 'd = decay'),
-        ('the parameters are overwritten', 'average.copy_', 'parameter.copy_'),
+        ('a step off', '(1 + step) / (10 + step)', '(2 + step) / (11 + step)'),
         ('the averages stay as they were', 'average.copy_(d', 'average = (d'),
         ('d is not limited by decay', 'd > decay', 'd > 1'),
         ('new memory, not in place', 'average.copy_(', 'average.data = ('),
@@ -1034,6 +1072,7 @@ WRONG = {
         ('softmax over the points', 'softmax(1)', 'softmax(0)'),
         ('the ridge is missing', '+ ridge *', '+ 0 *'),
         ('the weights are missing', '(N_k / N).log() + log_p', 'log_p'),
+        ('the old responsibilities are returned', 'joint.softmax(1)', 'r'),
         ('underflow of small densities', 'joint.softmax(1)', 'F.normalize(joint.exp() + 1e-12, 1)'),
     ],
     'slerp': [
@@ -1043,6 +1082,11 @@ WRONG = {
         ('w squared', '(w * theta)', '(w**2 * theta)'),
         ('cosine: |a|^2 for |a| |b|', 'b.norm()', 'a.norm()'),
         ('cosine: not divided by the lengths', ' / (a.norm() * b.norm())', ''),
+        (
+            'an angle for each row',
+            '(a * b).sum() / (a.norm() * b.norm())',
+            'F.cosine_similarity(a, b, -1)[..., None]',
+        ),
         ('the weight of b is linear', 'torch.sin(w * theta)', 'w * torch.sin(theta)'),
     ],
 }
@@ -1083,7 +1127,11 @@ CALLS = {
     'network_input': [(IMAGES, OTHERS, '1'), (IMAGES, OTHERS, '2')],
     'ema_update': [(AVERAGES, PARAMETERS, 3, 0.9), (AVERAGES, PARAMETERS, 10**4, 0.99)],
     'em_step': [(randn(9, 2), SHARES), (randn(9, 2), SHARES, 0.1), (FAR, SHARES, 0.1)],
-    'slerp': [(X_0, X_T, 0.3), (X_0, 2 * X_0 + NOISE, 0.3), (0.1 * X_0, 0.1 * X_T, 0.3)],
+    'slerp': [
+        (IMAGES, OTHERS, 0.3),
+        (X_0, 2 * X_0 + NOISE, 0.3),
+        (0.1 * X_0, 0.1 * X_T, 0.3),
+    ],
 }
 
 
@@ -1148,6 +1196,39 @@ def behaviour(name, solution):
     return seen
 
 
+def general_mistake(name, solution):
+    """What no solution of any exercise may do, in words: change its arguments, draw random numbers
+    of its own, return another shape. None if it does not, or does not run."""
+    names = inspect.signature(getattr(Own, name)).parameters
+    try:
+        with replaced(others(name)), time_limit(TIME_LIMIT / 4):
+            for call in CALLS[name]:
+                arguments, kept = copy.deepcopy(call), copy.deepcopy(call)
+                answer = flat(solution(*arguments))
+                wanted = flat(getattr(Own, name)(*kept))
+                for argument, *values in zip(names, call, arguments, kept):
+                    given, changed, right = map(flat, values)  # right: `ema_update` changes one
+                    if alike(given, right) and not alike(given, changed):
+                        return f'changes its argument {argument}.'
+                if not alike(answer, flat(solution(*copy.deepcopy(call)))):
+                    return 'draws random numbers of its own.'
+                shapes = (
+                    [list(part.shape) for part in answer],
+                    [list(part.shape) for part in wanted],
+                )
+                if shapes[0] != shapes[1]:
+                    of = [
+                        f'{argument} {list(value.shape)}'
+                        for argument, value in zip(names, call)
+                        if isinstance(value, torch.Tensor)
+                    ]
+                    found, right = (', '.join(map(str, each)) or 'nothing' for each in shapes)
+                    return f'returns shape {found}, not {right}, for {", ".join(of)}.'
+    except (Exception, SystemExit, TimeLimit):
+        return None
+    return None
+
+
 def looks_like(name, solution, seconds=TIME_LIMIT / 4):
     """The mistake in WRONG that behaves exactly like a solution, or None."""
     with replaced(others(name)):
@@ -1209,6 +1290,35 @@ def test_grader_passes_different_solutions(name):
     for solution in (getattr(Own, name), EXERCISES[name].solution):
         assert grade(name, solution) == []
         assert looks_like(name, solution) is None
+
+
+@pytest.mark.parametrize('name', EXERCISES)
+def test_grader_says_general_things_first(name):
+    """Which argument is changed, another shape, noise of its own: of every exercise."""
+    own = getattr(Own, name)
+    names = list(inspect.signature(own).parameters)
+    for i, value in enumerate(CALLS[name][0]):
+        if not isinstance(value, torch.Tensor):
+            continue
+
+        def changing(*arguments, i=i):
+            answer = own(*arguments)
+            arguments[i].add_(1)
+            return answer
+
+        assert general_mistake(name, changing) == f'changes its argument {names[i]}.'
+
+    def noisy(*arguments):
+        answer = own(*arguments)
+        if isinstance(answer, torch.Tensor):
+            return answer + torch.rand(())
+        return answer and [part + torch.rand(()) for part in answer]
+
+    if name not in ('ema_update', 'em_step'):
+        assert general_mistake(name, noisy) == 'draws random numbers of its own.'
+        shape = general_mistake(name, lambda *arguments: flat(own(*arguments))[0][None])
+        assert shape.startswith('returns shape [1') and shape.count('not [') == 1
+    assert general_mistake(name, own) is None
 
 
 def test_grader_stops_an_endless_loop():
@@ -2369,7 +2479,7 @@ def test_the_first_process_downloads_for_all(tmp_path, monkeypatch, rank):
     monkeypatch.setattr(dv, 'RANK', rank)
     monkeypatch.setattr(dv, 'WORLD', 2)
     monkeypatch.setattr(dv, 'load_images', recorded_load)
-    monkeypatch.setattr(dv.dist, 'init_process_group', lambda: calls.append('init'))
+    monkeypatch.setattr(dv.dist, 'init_process_group', lambda **how: calls.append('init'))
     monkeypatch.setattr(dv.dist, 'barrier', lambda: calls.append('barrier'))
     dv.load_training_images(config(1), tmp_path / 'stage1.pt')
     expected = ['load', 'load']
@@ -3099,23 +3209,32 @@ HEADER = """\
 #
 {list}
 #
-# Read from the top. Where you come to an EXERCISE, its docstring and the comment below it say what
-# the function does. Replace the line with NotImplementedError, and leave name and arguments as they
-# are. Any order will do: each is graded by itself, with right formulas in place of all the others.
-# With this file as diffusevae.py, in a folder with test_diffusevae.py, you grade yourself by
+# You learn to get from a bound, a Gaussian or Bayes' rule to code that trains. You should know
+# Python, some torch, and these three. It takes two to three hours. Read from the top; where you
+# come to an EXERCISE, derive on paper what its comment states or asks, then replace the line with
+# NotImplementedError. Leave name and arguments as they are, and do not change what you are given.
+# alpha_bar may be a tensor or a float, which has no `sqrt`: `alpha_bar**0.5` works for both.
 #
-#   python test_diffusevae.py grade diffusevae.py
+# Any order will do: each is graded by itself, with right formulas in place of all the others. With
+# this file as diffusevae.py beside test_diffusevae.py (--only 5 grades one):
 #
-# An exercise has all of its points or none. alpha_bar may be a tensor or a float, which has no
-# method `sqrt`: `alpha_bar**0.5` works for both. Once all are solved, this file trains.
+#     python test_diffusevae.py grade diffusevae.py
+#
+# Milestones: with 1, 2, 3 and 13 `python diffusevae.py train --stage 1` runs, and draws your VAE's
+# drafts; with 4 to 8 and 10 to 12 `train --stage 2` and `sample`; with 9 `sample --sampler ddim`,
+# with 14 `interpolate`, with 15 `sample --gmm 20`.
+#
+# An exercise has all of its points or none. The tests hold each formula once more, NOTES.md derives
+# them, and the original is public: who looks there first learns less, and will be asked why.
 """
 
 
-def blanked(source, numbers):
+def blanked(source, numbers, formulas):
     """The text of a file with the bodies of some exercises replaced by an error, and a header.
 
-    The docstring stays, after number and points of the exercise, and so do the comments between it
-    and the first statement: the formula.
+    The docstring stays, after number and points of the exercise, and so does the comment between
+    it and the first statement. Its first paragraph is the formula: where that can be derived, a
+    question takes its place, unless `formulas` are wanted.
     """
     lines = source.splitlines()
     # From the end of the file, so that the line numbers of what is still to come stay right.
@@ -3127,6 +3246,12 @@ def blanked(source, numbers):
             first = node.body[1].lineno - 1
             error = f"    raise NotImplementedError('Exercise {number}: {node.name}')"
             lines[first : node.end_lineno] = [error]
+            question = inspect.getdoc(EXERCISES[node.name])
+            if question and not formulas:
+                paragraph = node.body[0].end_lineno
+                end = [*lines[paragraph:first], '    #'].index('    #') + paragraph
+                asked = textwrap.wrap(question, 94)
+                lines[paragraph:end] = [f'    # {line}' for line in asked]
 
             # The docstring, in a paragraph of its own after number and points.
             start = node.body[0].lineno - 1
@@ -3158,12 +3283,12 @@ def chosen_numbers(only):
     return only or known
 
 
-def write_exercise(path, only):
+def write_exercise(path, only, formulas):
     """Write the file for a student; `only` has the numbers of the exercises to blank, () is all."""
     chosen = chosen_numbers(only)
     if path.exists():
         raise dv.UserError(f'--out {path}: exists already; move it, or name another file')
-    text = blanked(GRADED.read_text(encoding='utf-8'), chosen)
+    text = blanked(GRADED.read_text(encoding='utf-8'), chosen, formulas)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8', newline='\n')
     print(f'{path}: fill it in, and grade it with')
@@ -3327,6 +3452,8 @@ def parse(arguments):
         '--only', type=dv.whole_numbers, default=(), help='exercises, 1,2,5; default: all'
     )
     sub.add_argument('--list', action='store_true', help='print the exercises and their points')
+    text = 'leave formulas in that can be derived'
+    sub.add_argument('--formulas', action='store_true', help=text)
 
     text = "print which exercises a student's file solves, what does not hold, and the points"
     sub = commands.add_parser('grade', help=text, description=text, allow_abbrev=False)
@@ -3360,7 +3487,7 @@ def main(arguments=None):
             for name, cls in EXERCISES.items():
                 print(f'{cls.number:2}  {name:15} {points_in_words(cls.points)}')
         else:
-            write_exercise(options.out, options.only)
+            write_exercise(options.out, options.only, options.formulas)
     except (dv.UserError, OSError) as error:
         print('error:', ' '.join(str(error).splitlines()), file=sys.stderr)
         return 2
