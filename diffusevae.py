@@ -1433,7 +1433,7 @@ class SamplingOptions(Options):
     png: bool = option('a folder of single images instead of a grid')
     attribute: str = option('kind=circle, size>0.5, digit=3, Smiling; a folder has none')
     seeds: int = option('seeds, from --seed on', low=1, high=1000)
-    picture: str = option('the name of the picture; no option of the command line')
+    picture: str = option('name of its pictures; no option of the command line')
 
 
 # What all commands that generate images have; what each has beside it is said in COMMANDS.
@@ -1962,9 +1962,7 @@ def write_pngs(trained, options):
     The folder's name says what they were made with. So files that exist are kept, and an
     interrupted command goes on. Processes of torchrun share the chunks.
     """
-    name = f'{FORMS[trained.settings.form]}-trained{trained.step}-seed{options.seed}'
-    name += f'-{options.sampler}-{options.spacing}{options.steps}'
-    name += f'-guidance{options.guidance:g}-gmm{options.gmm or 0}'
+    name = f'{options.picture}-{FORMS[trained.settings.form]}-trained{trained.step}'
     folder = trained.path.with_name(name)
 
     # Chunk by chunk, the refined images last: where they exist, their drafts do.
@@ -2405,14 +2403,12 @@ def parse(argv):
     typed = vars(parser.parse_args(argv))
     command = typed.pop('command')
     run, defaults, _ = COMMANDS[command]
-    if run is train:
-        return run, typed
 
-    # A picture is named after what was typed: so none replaces another.
-    elsewhere = ('out', 'form', 'data', 'root', 'device')
-    named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in elsewhere]
+    # A picture, or a folder of them, is named after what was typed: so none replaces another.
+    others = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
+    named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in others]
     picture = quote('-'.join([command, *named]), safe='=')
-    return run, SamplingOptions(picture=picture, **(defaults | typed))
+    return run, typed if run is train else SamplingOptions(picture=picture, **(defaults | typed))
 
 
 def main(argv=None):
