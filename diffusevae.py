@@ -118,10 +118,11 @@ def reparameterize(mu, logvar, eps):
 
 def kl_divergence(mu, logvar):
     """KL( N(mu, sigma^2) || N(0, I) ) of each example, in nats: [B, z_dim] -> [B]."""
-    # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
+    # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2),
+    # by E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1
     #
-    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z, so only the moments
-    # E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1 are needed (NOTES 2.2).
+    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z, so only their moments are
+    # needed (NOTES 2.2).
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -135,7 +136,7 @@ def negative_elbo(y, x_hat, mu, logvar, kl_weight=1.0):
     #
     # The error is a sum over pixels, the KL a sum over the numbers of z. A decoder N(x_hat,
     # sigma_y^2 I) has -log p(y|z) = ||y - x_hat||^2 / (2 sigma_y^2) + const. Multiply the negative
-    # bound, -log p(y|z) + KL, by kl_weight := 2 sigma_y^2: up to a constant it becomes this loss.
+    # bound, -log p(y|z) + KL, by kl_weight := 2 sigma_y^2: up to a constant it becomes the loss.
     # So the paper's weight of 1 is a decoder with variance 1/2 in each pixel, and a smaller weight
     # is a decoder with a smaller variance. (The authors sum over the batch. Adam divides gradients
     # by their size, so that its steps are the same.)
@@ -367,7 +368,7 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     """
     # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end
     #
-    # The "small" variance is the posterior's, the "large" one is beta. If all images were the same
+    # The "small" variance is the posterior's, the "large" one its beta. If all images were the same
     # one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be the posterior. If
     # images were white noise, x_0 ~ N(0, I), then so would each x_t be, and a step back would be as
     # uncertain as a step forward: its variance would be beta. Real data lie in between. Our default
@@ -383,16 +384,16 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
 def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     """The step of DDIM: deterministic for eta = 0, the ancestral step ("small") for eta = 1.
 
-    x_t, x_0_pred, noise: [B, C, H, W], noise ~ N(0, I); alpha_bar, alpha_bar_prev: floats. Returns
-    x_prev.
+    x_t, x_0_pred, noise: [B, C, H, W], noise ~ N(0, I); alpha_bar, alpha_bar_prev: floats; eta:
+    from 0 to 1. Returns x_prev.
     """
     # x_prev = sqrt(alpha_bar_prev) x_0_pred + sqrt(1 - alpha_bar_prev - sigma^2) eps + sigma noise,
-    # sigma  = eta * standard deviation of the posterior
+    # sigma  = eta * standard deviation of the posterior,
+    # where the variances of the last two terms add up to 1 - alpha_bar_prev
     #
     # If x_0_pred is right and x_t ~ q(x_t|x_0), then eps ~ N(0, I), and x_prev ~ q(x_prev|x_0) for
-    # every sigma for which the root exists, because the variances of the last two terms add up to
-    # 1 - alpha_bar_prev (NOTES 2.5). So at each time images are as noisy as those that the network
-    # was trained on, whatever eta is.
+    # every sigma up to sqrt(1 - alpha_bar_prev) (NOTES 2.5). So at each time images are as noisy as
+    # those that the network was trained on, whatever eta is.
     #
     # eps is derived anew from x_t and x_0_pred: where x_0_pred was clipped, it is not the network's
     # any more. (The authors keep the network's; then eta = 1 is not the ancestral step.)
@@ -750,7 +751,10 @@ class UNet(nn.Module):
 
 
 def network_input(x_t, x_hat, form):
-    """What the U-Net sees of x_t and the draft x_hat in [-1, 1], [B, C, H, W]: [B, 2C, H, W]."""
+    """What the U-Net sees of x_t and the draft x_hat, in form '1' or '2': [B, 2C, H, W].
+
+    x_t, x_hat: [B, C, H, W], x_hat in [-1, 1].
+    """
     # Formulation 1: [x_t, x_hat] on the channel axis. Formulation 2: [x_t + x_hat, x_hat].
     #
     # This is all that tells the formulations apart. The first convolution is linear, and
@@ -1101,8 +1105,8 @@ def read_pictures(paths, size, crop):
 
     good = [i for i in range(len(paths)) if i not in errors]
     if errors:
-        example = errors[min(errors)]
-        message = f'{len(errors)} of {len(paths)} pictures cannot be read, for example {example}'
+        message = f'{len(errors)} of {len(paths)} pictures cannot be read, for example '
+        message += errors[min(errors)]
         if not good:
             raise UserError(f'--data: {message}')
         complain(f'warning: {message}; they are left out')
@@ -1665,12 +1669,13 @@ def new_model(settings, first, images, device):
     return place(model, device)
 
 
-def rows_to_look_at(trained, x):
-    """The picture of a training run: rows [(label, images)], of 16 images x or of new ones."""
+def rows_to_look_at(trained, held_out):
+    """The picture of a training run: rows [(label, images)], of 16 `Images` or of new ones."""
     # Stage 1: what the VAE models of held-out images, above their drafts. Stage 2: drafts above new
     # images.
     if trained.settings.stage == 2:
         return rows_of(*trained.generate(16))
+    x = held_out.batch(slice(16))
     mu, _ = trained.encode(x)
     return [('y', trained.vae.signal(x)), ('draft', trained.decode(mu))]
 
@@ -1713,7 +1718,6 @@ def train(typed):
         averaged.load_state_dict(saved['ema'])
         optimizer.load_state_dict(saved['optimizer'])
     trained = Trained(path, settings, averaged, facts, start, device)
-    x = held_out.batch(slice(16))  # for the picture of stage 1
 
     # Of several processes each has all weights and a share of the batch. DistributedDataParallel
     # averages the gradients over them, during the backward pass: so all take the same step.
@@ -1778,7 +1782,7 @@ def train(typed):
             content |= dict(optimizer=optimizer.state_dict())
             write_atomically(path, partial(torch.save, content))
 
-            write_grid(path.with_suffix('.png'), rows_to_look_at(trained, x))
+            write_grid(path.with_suffix('.png'), rows_to_look_at(trained, held_out))
             saved_at = time.monotonic()
 
     progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
@@ -1990,7 +1994,7 @@ def write_pngs(trained, options):
 
 
 def slerp(a, b, w):
-    """From a (w = 0) to b (w = 1) along the arc between them: tensors of one shape, as vectors."""
+    """From a (w = 0) to b (w = 1) along the arc between them: tensors, each as one vector."""
     # sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b
     #
     # The mean of two noises has half of the variance that the network was trained on; on the arc
@@ -2205,8 +2209,8 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
 def em_step(z, r, ridge=1e-6):
     """One step of EM for a mixture of K Gaussians.
 
-    z: [N, D], in float64; r: responsibilities [N, K]. Returns the mixture (w [K], m [K, D],
-    S [K, D, D]) that fits them, its responsibilities for z, and its mean log-likelihood.
+    z: [N, D], in float64; r: responsibilities [N, K]. Returns ((w [K], m [K, D], S [K, D, D]), the
+    new r [N, K], the mean log-likelihood []): the mixture that fits z and r, and what follows.
     """
     # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
     # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
@@ -2298,8 +2302,7 @@ def evaluate(options):
     training = runs[0].images(train=True, num=options.num * options.seeds)
     num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
     if num < 2:
-        asked = f'--num {options.num}, --seeds {options.seeds}'
-        raise UserError(f'{asked}: too few images, {len(held_out.pixels)} held out')
+        raise UserError(f'--seeds {options.seeds}: {num} images for each are too few')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 
