@@ -105,8 +105,8 @@ class Own:
         terms = -logvar / 2 + (mu * mu + logvar.exp()) / 2 - 0.5
         return terms.sum(-1)
 
-    def negative_elbo(x, x_hat, mu, logvar, kl_weight=1.0):
-        error = ((x_hat - x) ** 2).sum() / len(x)
+    def negative_elbo(y, x_hat, mu, logvar, kl_weight=1.0):
+        error = ((x_hat - y) ** 2).sum() / len(y)
         kl = Own.kl_divergence(mu, logvar).sum() / len(mu)
         return kl_weight * kl + error, error, kl
 
@@ -218,6 +218,24 @@ def replaced(functions):
         vars(dv).update(before)
 
 
+def guarded(name, solution):
+    """A solution that fails if it changes an argument, which is then put right again: a later step
+    needs it. (`ema_update` is to change its first.)"""
+
+    def call(*given, **named):
+        tensors = [t for t in flat(given[name == 'ema_update' :]) if not t.is_meta]
+        before = [t.detach().clone() for t in tensors]
+        answer = solution(*given, **named)
+        changed = [pair for pair in zip(tensors, before) if not torch.equal(*pair)]
+        with torch.no_grad():
+            for t, right in changed:
+                t.resize_(right.shape).copy_(right)
+        assert not changed, 'it changes an argument'
+        return answer
+
+    return call
+
+
 def others(name):
     """The own formulas of all exercises but one."""
     return {other: getattr(Own, other) for other in EXERCISES if other != name}
@@ -298,7 +316,8 @@ def grade(name, solution, seconds=TIME_LIMIT):
     violated = []
     for test in properties(name):
         try:
-            with replaced(others(name) | {name: solution}), time_limit(seconds):
+            functions = others(name) | {name: guarded(name, solution)}
+            with replaced(functions), time_limit(seconds):
                 test(EXERCISES[name]())
         except (Exception, TimeLimit):
             violated.append(property_of(test))
@@ -330,7 +349,7 @@ def pytest_runtest_call(item):
     if FAILED.get(name) == NOT_SOLVED:
         pytest.skip(NOT_SOLVED)  # it is said once
     if name:
-        functions = others(name)
+        functions = others(name) | {name: guarded(name, EXERCISES[name].solution)}
         seconds = TIME_LIMIT / 4
     else:
         functions = unsolved()
@@ -505,6 +524,7 @@ class TestLinearSchedule:
         """By default there are 1,000 steps, of which the last leaves 4e-5 of the signal's power."""
         alpha_bar = dv.linear_schedule()
         assert alpha_bar.shape == (1000,) and abs(alpha_bar[-1] - 4.04e-5) < 1e-7
+        assert abs(1 - alpha_bar[0] - 1e-4) < 1e-12  # in float32 it would have three digits
 
 
 @exercise('q_sample', points=1)
@@ -813,6 +833,8 @@ class TestSlerp:
         a, b = tensor(1.0, 0.0), tensor(1.0, 3**0.5)  # of lengths 1 and 2
         assert torch.allclose(dv.slerp(a, b, 0.5), (a + b) / 3**0.5)
         assert torch.allclose(dv.slerp(b, a, 0.5), (a + b) / 3**0.5)
+        b = tensor(-1.0, 3**0.5)  # at 120 degrees: sin(60) / sin(120)
+        assert torch.allclose(dv.slerp(a, b, 0.5), a + b)
 
     def test_parallel(self):
         """Where the angle is 0 it is finite, and the straight line."""
@@ -904,19 +926,21 @@ WRONG = {
         ('mean over z for the sum', '.sum(-1)', '.mean(-1)'),
         ('mean over the batch', '.sum(-1)', '.sum(-1).mean().expand(len(mu))'),
         ('without the 1/2', '.sum(-1)', '.sum(-1) * 2'),
+        ('the sign of all', 'terms.sum', '-terms.sum'),
     ],
     'negative_elbo': [
-        ('mean over pixels for the sum', '/ len(x)', '/ x.numel()'),
-        ('error summed over the batch', '** 2).sum() / len(x)', '** 2).sum()'),
+        ('mean over pixels for the sum', '/ len(y)', '/ y.numel()'),
+        ('error summed over the batch', '** 2).sum() / len(y)', '** 2).sum()'),
         ('half the squared error', '** 2', '** 2 / 2'),
         ('KL without kl_weight', 'kl_weight * kl', 'kl'),
         ('kl_weight weighs the error', 'kl_weight * kl + error', 'kl + kl_weight * error'),
         ('KL summed over the batch', '/ len(mu)', ''),
         (
             'all summed over the batch',
-            'kl_weight * kl + error, error, kl',
-            'len(x) * (error + kl_weight * kl), len(x) * error, len(x) * kl',
+            'return',
+            'error, kl = error * len(y), kl * len(y)\n    return',
         ),
+        ('KL returned with its weight', 'error, error, kl', 'error, error, kl_weight * kl'),
     ],
     'linear_schedule': [
         ('beta one step ahead', 't * (', '(t + 1) * ('),
@@ -957,6 +981,7 @@ WRONG = {
         ('variance: 1 - alpha_bar_prev is missing', ') * (1 - alpha_bar_prev)\n', ')\n'),
         ('standard deviation for variance', 'return mean, variance', 'return mean, variance**0.5'),
         ('beta for the variance', 'return mean, variance', 'return mean, 1 - alpha'),
+        ('x_0 and x_t are exchanged', 'alpha = ', 'x_0, x_t = x_t, x_0\n    alpha = '),
     ],
     'ddpm_step': [
         ('variance for standard deviation', ' ** 0.5\n', '\n'),
@@ -969,6 +994,8 @@ WRONG = {
     'ddim_step': [
         ('sqrt(eta) for eta', 'sigma = eta *', 'sigma = eta**0.5 *'),
         ('sigma without eta', 'sigma = eta *', 'sigma ='),
+        ('sigma: beta for the variance', '(beta * (1 - alpha_bar_prev) / (1 - alpha_bar))', 'beta'),
+        ('the noise is missing', ' + sigma * noise', ''),
         ('sigma^2 is missing under the root', 'alpha_bar_prev - sigma**2', 'alpha_bar_prev'),
         ('alpha_bar for alpha_bar_prev', 'mean = alpha_bar_prev**0.5', 'mean = alpha_bar**0.5'),
         ('another default of eta', 'eta=0.0', 'eta=1.0'),
@@ -978,6 +1005,8 @@ WRONG = {
         ('alpha_bar[t - 1] for alpha_bar[t]', 'alpha_bar[i]', 'alpha_bar[i - 1]'),
         ('square root of alpha_bar', 'alpha_bar[i]', 'alpha_bar[i]**0.5'),
         ('sum for mean', '.mean()', '.sum()'),
+        ('sum over pixels', '.mean()', '.flatten(1).sum(1).mean()'),
+        ('absolute error, not squared', '(error**2)', 'error.abs()'),
         ('the network is told t + 1', ', t) - eps', ', t + 1) - eps'),
         ('the target is x_0, not eps', ') - eps', ') - x_0'),
         ('the network sees the clean image', '(torch.stack(noisy), t)', '(x_0, t)'),
@@ -986,6 +1015,7 @@ WRONG = {
     'time_embedding': [
         ('divided by half - 1, not by half', '-i / half', '-i / (half - 1)'),
         ('another base than 10^4', '10_000', '1_000'),
+        ('divided by the width, not half of it', '-i / half', '-i / width'),
         ('times from 1 on', 'value *', '(value + 1) *'),
         ('the exponent is twice as large', '-i / half', '-2 * i / half'),
         ('sines come first', 'cosines + sines', 'sines + cosines'),
@@ -1016,6 +1046,8 @@ WRONG = {
         ('the mean is not subtracted', 'd = z - mean', 'd = z'),
         ('softmax over the points', 'softmax(1)', 'softmax(0)'),
         ('the ridge is missing', '+ ridge *', '+ 0 *'),
+        ('the ridge on all elements', 'torch.eye(D, dtype=z.dtype)', '1'),
+        ('likelihood summed', 'joint.logsumexp(1).mean()', 'joint.logsumexp(1).sum()'),
         ('the weights are missing', '(N_k / N).log() + log_p', 'log_p'),
         ('the old responsibilities are returned', 'joint.softmax(1)', 'r'),
         ('underflow of small densities', 'joint.softmax(1)', 'F.normalize(joint.exp() + 1e-12, 1)'),
@@ -1059,14 +1091,14 @@ CALLS = {
     'linear_schedule': [(), (10, 0.01, 0.1)],
     'q_sample': [(IMAGES, 0.3, EPS)],
     'predict_x0': [(IMAGES, 0.3, EPS)],
-    'q_posterior': [(X_0, X_T, 0.3, 0.5)],
+    'q_posterior': [(X_0, X_T, 0.3, 0.6)],
     'ddpm_step': [
-        (X_T, X_0, 0.3, 0.5, NOISE),
-        (X_T, X_0, 0.3, 0.5, NOISE, 'small'),
-        (X_T, X_0, 0.3, 0.5, NOISE, 'large'),
+        (X_T, X_0, 0.3, 0.6, NOISE),
+        (X_T, X_0, 0.3, 0.6, NOISE, 'small'),
+        (X_T, X_0, 0.3, 0.6, NOISE, 'large'),
         (X_T, X_0, 0.3, 1.0, NOISE, 'large'),
     ],
-    'ddim_step': [(X_T, X_0, 0.3, 0.5, NOISE), (X_T, X_0, 0.3, 0.5, NOISE, 0.5)],
+    'ddim_step': [(X_T, X_0, 0.3, 0.6, NOISE), (X_T, X_0, 0.3, 0.6, NOISE, 0.5)],
     'ddpm_loss': [(some_network, IMAGES, ALPHA_BAR, torch.tensor([300, 700]), EPS)],
     'time_embedding': [(torch.tensor([3, 5]), 6)],
     'network_input': [(IMAGES, OTHERS, '1'), (IMAGES, OTHERS, '2')],
@@ -1114,9 +1146,11 @@ def behaviour(name, solution):
             if isinstance(argument, list):
                 argument = [t.detach().clone().requires_grad_(t.requires_grad) for t in argument]
                 clones += argument
-            elif isinstance(argument, torch.Tensor) and argument.is_floating_point():
-                sources.append(argument.detach().clone().requires_grad_())
-                argument = sources[-1].clone()
+            elif isinstance(argument, torch.Tensor):
+                argument = argument.detach().clone()
+                if argument.is_floating_point():
+                    sources.append(argument.requires_grad_())
+                    argument = argument.clone()
                 clones.append(argument)
             arguments.append(argument)
         places = [clone.data_ptr() for clone in clones]
@@ -1168,7 +1202,7 @@ def general_mistake(name, solution):
                         if isinstance(value, torch.Tensor)
                     ]
                     found, right = (', '.join(map(str, each)) or 'nothing' for each in shapes)
-                    return f'returns shape {found}, not {right}, for {", ".join(of)}.'
+                    return f'returns shape {found}, not {right}, for {", ".join(of) or "nothing"}.'
     except (Exception, SystemExit, TimeLimit):
         return None
     return None
