@@ -1369,9 +1369,7 @@ class TrainingOptions(Options):
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     parts: int = option('parts of a step, one after the other, to save memory', low=1)
     epochs: int = option('as many steps as so many passes over the images have', low=1)
-    steps: int = option(
-        'training steps, also instead of --epochs; more of them extend a run', low=1
-    )
+    steps: int = option('training steps, in place of --epochs; more extend a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
     cooldown: float = option('share of the steps, at the end, over which it falls', low=0, high=1)
