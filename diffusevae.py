@@ -130,7 +130,7 @@ def negative_elbo(y, x_hat, mu, logvar, kl_weight=1.0):
     """The loss of stage 1 and its two parts, each a mean over the batch.
 
     y: what is to be drafted, and x_hat, its draft: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim];
-    kl_weight > 0. Returns (loss, squared error, KL): tensors of shape [], the KL in nats.
+    kl_weight >= 0. Returns (loss, squared error, KL): tensors of shape [], the KL in nats.
     """
     # loss = ||y - x_hat||^2 + kl_weight KL( q(z|x_0) || p(z) )
     #
@@ -856,7 +856,7 @@ class DiffuseVAE(nn.Module):
         same: any, if the U-Net has no z_dim, else the code that the draft belongs to;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
-        The baseline returns None for the draft. To be called in eval mode, without dropout.
+        The baseline makes no draft: None. To be called in eval mode, without dropout.
         """
         # Stage 1 drafts.
         if self.vae is not None and draft is None:
@@ -1258,8 +1258,8 @@ def paper(data, size, vae, ddpm, multipliers, attention, dropout=0.1):
     vae, ddpm: (epochs, batch) of the stages. Where the authors' scripts and their YAML files
     differ, in batch, epochs, heads and dropout, the scripts count.
     """
-    # A checkpoint may have 2 GB, and its picture takes 50 network calls: save less often. How many
-    # steps the epochs are depends on the number of images: `train` knows.
+    # A checkpoint may have 2 GB, and its picture takes 50 network calls or more: save less often.
+    # How many steps the epochs are depends on the number of images: `train` knows.
     both = dict(data=data, size=size, save_every=600.0, steps=None, cooldown=0.0)
     large = size > 64
     stage_1 = dict(kl_weight=1.0, z_dim=1024 if large else 512, flip=large)
@@ -1613,8 +1613,8 @@ def check_losses(losses, norm, step):
 def find_run(typed, device):
     """Where a run of `train` goes on from: (path, settings, checkpoint, `Trained` stage 1).
 
-    typed: the options that were given. The checkpoint is None for a new run, stage 1 for any other:
-    a new run of stage 2 takes over its images and, if it is not the baseline, its VAE.
+    typed: the options that were given. The checkpoint is None for a new run. Stage 1 is None but
+    for a new run of stage 2, which takes over its images and, but for the baseline, its VAE.
     """
     # A run is a folder, and a stage or form one checkpoint in it. If there is one, it goes on.
     stage = typed['stage']
@@ -1797,7 +1797,7 @@ class Trained:
     """A trained stage with its averaged weights: what all commands, and notebooks, draw with.
 
     Images and codes that its methods take and return are on the CPU, images [n, C, H, W] in [0, 1].
-    What needs codes raises UserError for the baseline, which has none.
+    What makes codes or drafts raises UserError for the baseline, which has none.
     """
 
     path: Path  # of its checkpoint
@@ -2335,8 +2335,8 @@ def evaluate(options):
 
 # ==== 11. THE COMMAND LINE ========================================================================
 # COMMANDS says which function runs a command, and which options it has, with their defaults. Those
-# of `train` depend on stage and form, their defaults on the preset. argparse refuses all others in
-# its own words.
+# of `train` and their defaults depend on stage, form and preset. argparse refuses all others in its
+# own words.
 
 PICTURE = SAMPLING | dict(num=8)
 NEW_IMAGES = SAMPLING | dict(num=64, gmm=None)
@@ -2405,7 +2405,8 @@ def parse(argv):
     command = typed.pop('command')
     run, defaults, _ = COMMANDS[command]
 
-    # A picture, or a folder of them, is named after what was typed: so none replaces another.
+    # A picture, or a folder of them, is named after what was typed: so none replaces another, but
+    # of more images.
     others = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
     named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in others]
     picture = quote('-'.join([command, *named]), safe='=')
@@ -2422,7 +2423,7 @@ def main(argv=None):
         run, options = parse(argv)
         run(options)
     except KeyboardInterrupt:
-        complain('interrupted; the same command goes on from what it has saved')
+        complain('interrupted; the same command goes on from what it has saved, if anything')
         return 130
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         is_full = isinstance(error, torch.cuda.OutOfMemoryError)
