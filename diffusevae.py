@@ -2262,7 +2262,8 @@ def mixture_of_codes(trained, K):
     path = trained.path.with_name(f'gmm{K}.pt')
     first_codes, _ = trained.encode(trained.facts['first'] / 255)
     saved = load_checkpoint(path)
-    if saved is not None and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
+    fits = saved is not None and saved['first_codes'].shape == first_codes.shape
+    if fits and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
         return saved['mixture']
 
     # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
