@@ -1961,8 +1961,8 @@ def sample(options):
 def write_pngs(trained, options):
     """Write single images, as <folder>/refined/000000.png and so on, and their drafts beside them.
 
-    The folder's name says what they were made with. So files that exist are kept, and an
-    interrupted command goes on. Processes of torchrun share the chunks.
+    The folder's name says what was typed, and how long the model was trained. So files that exist
+    are kept, and an interrupted command goes on. Processes of torchrun share the chunks.
     """
     name = f'{options.picture}-{FORMS[trained.settings.form]}-trained{trained.step}'
     folder = trained.path.with_name(name)
@@ -2262,8 +2262,8 @@ def mixture_of_codes(trained, K):
     path = trained.path.with_name(f'gmm{K}.pt')
     first_codes, _ = trained.encode(trained.facts['first'] / 255)
     saved = load_checkpoint(path)
-    fits = saved is not None and saved['first_codes'].shape == first_codes.shape
-    if fits and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
+    comparable = saved is not None and saved['first_codes'].shape == first_codes.shape
+    if comparable and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
         return saved['mixture']
 
     # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
@@ -2408,8 +2408,8 @@ def parse(argv):
 
     # A picture, or a folder of them, is named after what was typed: so none replaces another, but
     # of more images.
-    others = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
-    named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in others]
+    unnamed = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
+    named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in unnamed]
     picture = quote('-'.join([command, *named]), safe='=')
     return run, typed if run is train else SamplingOptions(picture=picture, **(defaults | typed))
 
