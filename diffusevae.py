@@ -838,8 +838,8 @@ class DiffuseVAE(nn.Module):
             # Withhold the condition of some images, if asked to: for guidance the network must also
             # know the answer without it. In its place come zeros: a grey image, and the mean of the
             # prior. (The authors withhold it from whole batches.)
-            condition['x_hat'] = condition['x_hat'] * rearrange(keep, 'b -> b 1 1 1')
-            condition['z'] = condition['z'] * rearrange(keep, 'b -> b 1')
+            for name, value in condition.items():
+                condition[name] = torch.einsum('b,b...->b...', keep, value)
 
         # Noise the image (all of it, whatever y is), and predict the noise given the draft.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
@@ -1243,12 +1243,12 @@ BOTH |= dict(seed=0, parts=1, save_every=60.0, out=None, device=None)
 
 # By `negative_elbo` a weight of 0.2 is a decoder with variance 0.1, still an exact bound. The clip
 # only catches explosions, which the VAE's lack of normalisation allows (NOTES 4).
-STAGE_1 = dict(z_dim=8, kl_weight=0.2, signal='image', batch=32, steps=1200, lr=4e-3, clip=100.0)
+STAGE_1 = dict(z_dim=8, kl_weight=0.2, signal='image', batch=32, steps=2400, lr=4e-3, clip=100.0)
 
 # Two levels only: so the bottleneck, which attends, has 16x16 pixels, enough to see stripes.
 STAGE_2 = dict(form='1', channels=16, multipliers=(1, 2), blocks=1, attention=(), heads=1)
 STAGE_2 |= dict(dropout=0.0, z_cond=False, cond_drop=0.0)
-STAGE_2 |= dict(batch=16, steps=1800, lr=1.5e-2, clip=1.0)
+STAGE_2 |= dict(batch=16, steps=3600, lr=1.5e-2, clip=1.0)
 SMALL = {1: BOTH | STAGE_1, 2: BOTH | STAGE_2}
 
 
@@ -1890,7 +1890,7 @@ class Trained:
         return drafts, torch.cat(refined)
 
     def generate(self, num=8, z=None, draft=None, **chosen):
-        """For notebooks: (drafts, images) of num new codes, of codes z, or of drafts.
+        """For notebooks: (drafts, images) of num new codes, of codes z, or of drafts, by stage 2.
 
         z: [n, z_dim]; all share one noise. draft: [n, C, H, W], to be refined in place of the
         decoder's; without z, with the codes that the encoder finds in it. chosen: options of the
@@ -1937,10 +1937,21 @@ def load(out='runs/shapes', form='1', device=None, data=None, root=None):
 
 
 def load_all(options):
-    """Generate the `Trained` forms of --out, or --form alone. UserError for none."""
+    """Generate the `Trained` forms of --out, or --form alone, to be compared with the first.
+
+    UserError if there is none, or if the next is of other images or has another VAE.
+    """
+    first = None
     forms = [form for form in FORMS if checkpoint_path(options.out, form).exists()] or ['1']
     for form in [options.form] if options.form else forms:
-        yield load(options.out, form, options.device, options.data, options.root)
+        trained = load(options.out, form, options.device, options.data, options.root)
+        first = first or trained
+        if not same_images(trained.facts, first.facts):
+            raise UserError(f'--out {options.out}: its models are of different images; give --form')
+        vae = trained.model.vae  # the baseline, which has none, comes last
+        if vae is not None and not torch.equal(vae.head.weight, first.model.vae.head.weight):
+            raise UserError(f'--out {options.out}: its models have different VAEs; give --form')
+        yield trained
 
 
 def sample(options):
@@ -2048,14 +2059,12 @@ def chain(options):
         ('draft', torch.cat([torch.ones(len(picked), *x.shape[1:]), draft])),
     ]
 
-    # Reverse: what the chain passes through, x_t and x_0_pred. It ends in the image, at time 0. The
-    # other models' follow, from the same noise, if they were trained on the same images.
-    for run in [run for run in load_all(options) if same_images(run.facts, trained.facts)]:
+    # Reverse: what each chain passes through, x_t (of Formulation 2, too, without the draft) and
+    # x_0_pred, all from the same noise. It ends in the image, at time 0.
+    for run in load_all(options):
         passed = []
-        own, code = replace(options, guidance=0.0), mu  # the baseline looks at neither
-        if run.model.vae is not None:
-            own, code = options, run.encode(x)[0]  # its VAE may be another
-        _, refined = run.paint(own, code, run.shared_noise(options.seed), passed=passed)
+        own = options if run.model.vae is not None else replace(options, guidance=0.0)
+        _, refined = run.paint(own, mu, run.shared_noise(options.seed), passed=passed)
         passed.reverse()
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
             images = torch.cat([passed[time][i] for time in picked]).cpu()
@@ -2289,11 +2298,6 @@ def mixture_of_codes(trained, K):
 def evaluate(options):
     """The command `evaluate`: distances of new images to held-out ones, by model and steps."""
     runs = list(load_all(options))
-    if not all(same_images(run.facts, runs[0].facts) for run in runs):
-        raise UserError(f'--out {options.out}: its models are of different images; give --form')
-    vaes = [run.model.vae for run in runs if run.model.vae is not None]
-    if not all(torch.equal(vae.head.weight, vaes[0].head.weight) for vae in vaes):
-        raise UserError(f'--out {options.out}: its models have different VAEs; give --form')
 
     # The reference is a fair sample of the held-out images, since loaders return them in random
     # order. The floor takes other training images for each seed.
@@ -2437,8 +2441,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    # There may be no console, or one that lacks the letters of a path.
-    sys.stdout = sys.stdout or io.TextIOWrapper(io.BytesIO())
-    sys.stderr = sys.stderr or sys.stdout
-    sys.stdout.reconfigure(errors='backslashreplace')
+    sys.stdout.reconfigure(errors='backslashreplace')  # it may lack the letters of a path
     sys.exit(main())
