@@ -795,12 +795,13 @@ class DiffuseVAE(nn.Module):
             return {}
         return {'x_hat': 2 * draft - 1, 'z': z}  # from the VAE's [0, 1] to [-1, 1]
 
-    def eps_theta(self, x_t, t, condition):
-        """The U-Net's estimate of the noise in x_t [B, C, H, W] at times t [B]."""
-        if self.vae is None:
-            return self.unet(x_t, t)
-        x_in = network_input(x_t, condition['x_hat'], self.form)  # [B, 2C, H, W]
-        return self.unet(x_in, t, condition['z'])
+    def eps_theta(self, x_t, t, x_hat=None, z=None):
+        """The U-Net's estimate of the noise in x_t [B, C, H, W] at times t [B], given a condition.
+
+        x_hat, z: as in `condition`; the baseline has neither.
+        """
+        x_in = x_t if x_hat is None else network_input(x_t, x_hat, self.form)  # [B, C or 2C, H, W]
+        return self.unet(x_in, t, z)
 
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
@@ -843,7 +844,7 @@ class DiffuseVAE(nn.Module):
 
         # Noise the image (all of it, whatever y is), and predict the noise given the draft.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
-        eps_theta = partial(self.eps_theta, condition=condition)
+        eps_theta = partial(self.eps_theta, **condition)
         return {'loss': ddpm_loss(eps_theta, x_0, self.diffusion.alpha_bar, t, eps)}
 
     @torch.no_grad()
@@ -866,14 +867,14 @@ class DiffuseVAE(nn.Module):
 
         # Stage 2 refines, by a reverse chain that is told the condition at each step.
         def guided(x_t, t):
-            eps = self.eps_theta(x_t, t, condition)
+            eps = self.eps_theta(x_t, t, **condition)
             if guidance == 0:
                 return eps
 
             # Classifier-free guidance: (1 + w) eps(condition) - w eps(nothing) exaggerates what the
             # condition changes in the answer. For "nothing" x_hat is 0: in Formulation 2, too, the
             # network then sees x_t itself, as in training. (The authors still add x_hat to it.)
-            eps_null = self.eps_theta(x_t, t, nothing)
+            eps_null = self.eps_theta(x_t, t, **nothing)
             return (1 + guidance) * eps - guidance * eps_null
 
         x_0 = self.diffusion.sample(guided, x_T, draw_noise, **chain)

@@ -2370,27 +2370,6 @@ def test_a_kill_loses_save_every_seconds_and_ten_steps_at_most(tmp_path, monkeyp
     assert written == [30, '.png', 60, '.png', 70, '.png']
 
 
-@pytest.mark.parametrize('rank', [0, 1])
-def test_the_first_process_downloads_for_all(tmp_path, monkeypatch, rank):
-    """The others wait at a barrier before they load, the first reaches it when it has loaded."""
-    calls = []
-    load = dv.load_images
-
-    def recorded_load(*args, **more):
-        calls.append('load')
-        return load(*args, **more)
-
-    monkeypatch.setattr(dv, 'RANK', rank)
-    monkeypatch.setattr(dv, 'WORLD', 2)
-    monkeypatch.setattr(dv, 'load_images', recorded_load)
-    monkeypatch.setattr(dv.dist, 'init_process_group', lambda **how: calls.append('init'))
-    monkeypatch.setattr(dv.dist, 'barrier', lambda: calls.append('barrier'))
-    dv.load_training_images(config(1), tmp_path / 'stage1.pt')
-    expected = ['load', 'load']
-    expected.insert(2 if rank == 0 else 0, 'barrier')
-    assert calls == ['init', *expected]
-
-
 # ---- 8. Sampling ---------------------------------------------------------------------------------
 
 
@@ -2971,8 +2950,9 @@ def test_commands_as_processes(tmp_path, monkeypatch):
             assert torch.allclose(by_two[part][name], value, rtol=0, atol=1e-5)
 
 
-def test_a_process_that_fails_does_not_leave_the_others_waiting(tmp_path):
-    """torchrun ends the second process, which waits at a barrier, when the first finds no data."""
+def test_the_first_process_loads_for_all_and_if_it_fails_none_waits(tmp_path):
+    """When the first finds no data, torchrun ends the second, which waits for it at a barrier and
+    has not looked for data."""
     skip_unless_all_are_solved()
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += [dv.__file__, 'train', '--stage', '1', '--data', 'nothing', '--out', 'run']
@@ -2981,24 +2961,6 @@ def test_a_process_that_fails_does_not_leave_the_others_waiting(tmp_path):
         command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment
     )
     assert done.returncode == 1 and done.stderr.count('nor a folder') == 1
-
-
-def test_processes_share_a_batch_and_refuse_an_odd_one(tmp_path, monkeypatch, capsys):
-    """Two processes' inputs are one's, apart."""
-    settings = config(1, batch=6, flip=True)
-    images = dv.Images(torch.arange(30 * 3 * 4, dtype=torch.uint8).view(30, 3, 2, 2), {})
-    inputs = []
-    for rank, world in ((0, 1), (0, 2), (1, 2)):
-        monkeypatch.setattr(dv, 'RANK', rank)
-        monkeypatch.setattr(dv, 'WORLD', world)
-        inputs.append(dv.training_inputs(tiny().vae, images, settings, 7, torch.device('cpu')))
-    whole, first, second = inputs
-    assert set(whole) == {'x', 'eps_z'}
-    for name, both in whole.items():
-        assert len(first[name]) == len(second[name]) == 3
-        assert torch.equal(torch.stack([first[name], second[name]], dim=1).flatten(0, 1), both)
-    assert run('train', '--stage', 1, '--batch', 5, '--out', tmp_path / 'odd') == 2
-    assert '--batch 5' in capsys.readouterr().err
 
 
 def test_a_step_in_parts_is_the_same_step(trained, tmp_path, capsys):
@@ -3245,7 +3207,7 @@ def bench_run(preset, stage):
     if stage == 2:  # whose picture takes 50 calls for 16 images
         of_vae = steps * count_flops(lambda: model.vae(inputs['x'], inputs['eps_z']))
         condition = model.condition(inputs['x'], inputs['eps_z'])
-        call = count_flops(lambda: model.eps_theta(inputs['x'], inputs['t'], condition))
+        call = count_flops(lambda: model.eps_theta(inputs['x'], inputs['t'], **condition))
         of_picture = 50 * 16 * call / settings.batch
     size = 4 * (
         2 * count(model) + 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
