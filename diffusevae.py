@@ -78,7 +78,8 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #                 anything but noise is left
 #   x_t           the image noised to time t
 #   beta_t        variance of the noise that is added from time t - 1 to time t
-#   alpha_bar_t   (1 - beta_1) ... (1 - beta_t), the share of the image's power left at time t
+#   alpha_bar_t   (1 - beta_1) ... (1 - beta_t), the share of the image's power left at time t; the
+#                 schedule [T] is all of them
 #   eps           noise ~ N(0, I); eps_theta is the U-Net's estimate of it
 #   x_0_pred      the clean image that an estimate of the noise implies
 
@@ -91,16 +92,16 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (It bounds image and signal together. Where y is the image itself, that counts the image twice,
-# once as the VAE models it and once as the diffusion model does: it says what to train, and is no
-# likelihood. Without log p(y|z) it bounds log p(x_0) alone.)
+# (It bounds image and y together. Where y is the image itself, that counts the image twice, once
+# as the VAE models it and once as the diffusion model does: it says what to train, and is no
+# likelihood. The same steps without y bound log p(x_0) alone, by all terms but log p(y|z).)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
 # Two things are written differently here: the paper's q(z|y, x_0) is q(z|x_0), as y is a function
-# of x_0; and the diffusion model, which the paper conditions on y and z, is conditioned on x_hat,
-# as that is all it will be shown of them. (Only where the U-Net has a z_dim, it is shown z, too.)
+# of x_0 (our encoder sees y alone); and the diffusion model, which the paper conditions on y and z,
+# is conditioned on x_hat, all it will be shown of them (but for z, where the U-Net has a z_dim).
 
 
 def reparameterize(mu, logvar, eps):
@@ -138,8 +139,8 @@ def negative_elbo(y, x_hat, mu, logvar, kl_weight=1.0):
     # sigma_y^2 I) has -log p(y|z) = ||y - x_hat||^2 / (2 sigma_y^2) + const. Multiply the negative
     # bound, -log p(y|z) + KL, by kl_weight := 2 sigma_y^2: up to a constant it becomes the loss.
     # So the paper's weight of 1 is a decoder with variance 1/2 in each pixel, and a smaller weight
-    # is a decoder with a smaller variance. (The authors sum over the batch. Adam divides gradients
-    # by their size, so that its steps are the same.)
+    # is a decoder with a smaller variance. (The authors sum both over the batch. Adam divides
+    # gradients by their size, so that its steps are the same.)
     squared_error = (y - x_hat).square().sum(dim=(1, 2, 3)).mean()
     kl = kl_divergence(mu, logvar).mean()
     return squared_error + kl_weight * kl, squared_error, kl
@@ -178,8 +179,7 @@ def backbone(blocks, widths):
     """
     layers = []
     for resolution, following in pairwise(blocks):  # each resolution, and the one after it
-        for _ in range(blocks[resolution]):
-            layers.append(VAEBlock(widths[resolution], resolution))
+        layers += [VAEBlock(widths[resolution], resolution) for _ in range(blocks[resolution])]
 
         # Down: the additional block, then each square of pixels becomes its mean. Up: each pixel
         # becomes a square of equal pixels.
@@ -193,8 +193,7 @@ def backbone(blocks, widths):
         layers.append(nn.Conv2d(widths[resolution], widths[following], 1, bias=False))
 
     last = list(blocks)[-1]
-    for _ in range(blocks[last]):
-        layers.append(VAEBlock(widths[last], last))
+    layers += [VAEBlock(widths[last], last) for _ in range(blocks[last])]
     return nn.Sequential(*layers)
 
 
@@ -202,7 +201,7 @@ class VAE(nn.Module):
     """The paper's VAE for images [B, C, size, size] in [0, 1]; `forward` is the loss of stage 1.
 
     encoder, decoder: blocks by resolution, from `size` down to 1 and back up; widths: channels by
-    resolution; z has widths[1] numbers. signal: a name in SIGNALS.
+    resolution; z has widths[1] numbers. signal: which y, a name in SIGNALS, below.
     """
 
     def __init__(self, channels, size, encoder, decoder, widths, kl_weight=1.0, signal='image'):
@@ -211,9 +210,9 @@ class VAE(nn.Module):
         self.kl_weight = kl_weight
         self.signal = SIGNALS[signal]
 
-        # The mean colour of y over the training set is subtracted from what the encoder sees: else,
-        # where most pixels are black or white, the code may come to carry nothing, with all drafts
-        # alike (NOTES 4). This is an addition to the paper. Training sets it when it begins.
+        # The mean colour of y over the training set is subtracted from what the encoder sees: where
+        # most pixels are white, the code else comes to carry nothing, and all drafts are alike, as
+        # if that constant drowned what differs (NOTES 4). Ours; training sets it when it begins.
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -261,7 +260,7 @@ class VAE(nn.Module):
 
 
 # What the VAE models of an image, y in [0, 1], is any function of the image x [B, C, H, W]. Usually
-# it is y = x, as in the authors' code; the others are ours.
+# it is y = x (`torch.clone`), as in the authors' code; the others are ours.
 
 
 def grey(x):
@@ -346,8 +345,8 @@ def q_posterior(x_0, x_t, alpha_bar, alpha_bar_prev):
 
     x_0, x_t: [B, C, H, W]; alpha_bar, alpha_bar_prev: as for `q_sample`; alpha_bar_prev may be 1.
     """
-    # mean     = sqrt(alpha_bar_prev) beta / (1 - alpha_bar) x_0
-    #          + sqrt(1 - beta) (1 - alpha_bar_prev) / (1 - alpha_bar) x_t
+    # mean     = [ sqrt(alpha_bar_prev) beta / (1 - alpha_bar) ] x_0
+    #          + [ sqrt(1 - beta) (1 - alpha_bar_prev) / (1 - alpha_bar) ] x_t
     # variance = beta (1 - alpha_bar_prev) / (1 - alpha_bar),  beta = 1 - alpha_bar / alpha_bar_prev
     #
     # Bayes' rule, with the Gaussians q(x_prev|x_0) and q(x_t|x_prev) (NOTES 2.4). On the full grid
@@ -404,7 +403,7 @@ def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     return alpha_bar_prev**0.5 * x_0_pred + direction + sigma * noise
 
 
-# All samplers are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev.
+# All are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev. So eta is 0.
 SAMPLERS = {'ddpm': ddpm_step, 'ddim': ddim_step}
 SAMPLERS['ddpm-large'] = partial(ddpm_step, variance='large')
 
@@ -421,9 +420,9 @@ def quadratic_times(schedule, steps):
     #
     # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
     # 0.8 T, where sqrt(alpha_bar), the factor of x_0 in x_t, is 0.039 for the linear schedule with
-    # T = 1000. Here t_start is the first time below this: the same, but it suits other schedules,
-    # too. (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error,
-    # which is accepted.) A single step starts at T - 1, as always if the grid is uniform.
+    # T = 1000. Here t_start is the first time below this: the same, and right for other schedules.
+    # (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error, which
+    # is accepted.) A single step starts at T - 1, where `uniform_times` always does.
     T = len(schedule)
     if steps == 1:
         return [T - 1]
@@ -455,15 +454,16 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
-    # and in the product the fractions cancel in pairs. What is left is a sum: for each t > 1 a term
-    # -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1 the term log p(x_0|x_1); and one for
-    # x_T, in which there is nothing to learn (NOTES 2.7).
+    # and in the product the fractions cancel in pairs (1 / q(x_1|x_0) with the factor of t = 1).
+    # What is left is a sum: for t > 1 terms -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1
+    # log p(x_0|x_1); and one term for x_T, in which there is nothing to learn (NOTES 2.7).
     #
-    # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred. So it is
-    # the squared difference of these over twice a variance, plus a constant. In terms of eps that
-    # is w_t (eps - eps_theta)^2, w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With
-    # the small variance w_t falls from 0.6 at t = 2 to 0.01 at T: an error of eps makes a large one
-    # of x_0_pred there, but the posterior hardly looks at x_0_pred.
+    # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred, here not
+    # clipped: the squared difference of these over twice the variance of p(x_{t-1}|x_t), plus a
+    # constant. In terms of eps that is w_t (eps - eps_theta)^2, where w_t = beta_t^2 / (2 variance
+    # (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at t = 2 to 0.01
+    # at t = 100, and is at most that from there on: at large t an error of eps makes a large one of
+    # x_0_pred, but the posterior hardly looks at x_0_pred.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -490,7 +490,7 @@ class Diffusion(nn.Module):
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
         broadcasts to x_T's: [1, C, H, W] if all images share it.
         sampler, spacing: names in SAMPLERS and SPACINGS.
-        passed: None, or a list to which each step adds (x_t, x_0_pred).
+        passed: None, or a list that collects what the chain passes through: (x_t, x_0_pred) a step.
         """
         times = SPACINGS[spacing](self.schedule, steps)
         alpha_bars = [self.schedule[t] for t in times]
@@ -526,9 +526,8 @@ def time_embedding(t, width):
     """Times as sinusoids, float32: t [B] -> [B, width], cosines first, then sines."""
     # cos(w_i t) and sin(w_i t),  w_i = exp(-ln(10^4) i / (width / 2)),  i = 0 ... width / 2 - 1
     #
-    # A single number t would be a poor input: the network must tell neighbouring times apart as
-    # well as early from late ones. Of these waves the fast ones do the first, the slow ones the
-    # second.
+    # A single number t would be a poor input. Of these waves the fast ones tell neighbouring times
+    # apart, the slow ones early from late.
     i = torch.arange(width // 2, device=t.device)
     frequencies = torch.exp(-math.log(1e4) / (width // 2) * i)
     angles = t[:, None] * frequencies  # [B, width / 2]
@@ -577,13 +576,13 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """A residual block that is told the time: [B, in_channels, H, W] -> [B, out_channels, H, W].
 
-    embedding_dim: width of the embedding of t (and z); groups: of GroupNorm. With scale_shift the
-    embedding scales and shifts the features, which the authors use in networks that see z;
-    without, it is added to them. heads: of attention behind the block, 0 for none.
+    heads: of the attention that follows, 0 for none; embedding_dim: width of the embedding of t
+    (and z). With scale_shift the embedding scales and shifts the features, which the authors use in
+    networks that see z; without, it is added to them. groups: of GroupNorm.
     """
 
     def __init__(
-        self, in_channels, out_channels, embedding_dim, groups, dropout, scale_shift, heads
+        self, in_channels, out_channels, heads, embedding_dim, scale_shift, groups, dropout
     ):
         super().__init__()
         self.scale_shift = scale_shift
@@ -593,7 +592,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity()
+        self.skip = nn.Identity()  # past the branch, not from the way down
         if in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
         self.attention = Attention(out_channels, heads, groups) if heads else nn.Identity()
@@ -648,11 +647,8 @@ class UNet(nn.Module):
         # one group; from 128 channels on there are the paper's 32.
         groups = 32 if channels >= 128 else 1
         embedding_dim = 4 * channels
-
-        def new_block(in_width, width, attends):
-            scale_shift = z_dim > 0
-            own_heads = heads if attends else 0
-            return ResBlock(in_width, width, embedding_dim, groups, dropout, scale_shift, own_heads)
+        told = dict(embedding_dim=embedding_dim, scale_shift=z_dim > 0)
+        new_block = partial(ResBlock, **told, groups=groups, dropout=dropout)
 
         self.time_mlp = embedding_mlp(channels, embedding_dim)
         self.z_mlp = embedding_mlp(z_dim, embedding_dim) if z_dim else None
@@ -660,14 +656,15 @@ class UNet(nn.Module):
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
 
-        # The way down: `blocks` blocks a level, and a halving between two levels. The output of the
-        # stem, of each block and of each halving is stored; `skips` has their widths.
+        # The way down: `blocks` blocks a level, with attention if its resolution asks for it, and a
+        # halving between two levels. The output of the stem, of each block and of each halving is
+        # stored; `skips` has their widths.
         width = channels
         skips = [width]
         for level, multiplier in enumerate(multipliers):
-            attends = size // 2**level in attention
+            own_heads = heads if size // 2**level in attention else 0
             for _ in range(blocks):
-                self.down.append(new_block(width, multiplier * channels, attends))
+                self.down.append(new_block(width, multiplier * channels, own_heads))
                 width = multiplier * channels
                 skips.append(width)
             if level < len(multipliers) - 1:
@@ -676,16 +673,16 @@ class UNet(nn.Module):
 
         # The bottleneck always attends: it has the fewest pixels to compare.
         self.bottleneck = nn.ModuleList(
-            [new_block(width, width, True), new_block(width, width, False)]
+            [new_block(width, width, heads), new_block(width, width, 0)]
         )
 
         # The way up: the levels in reverse, with one block for each map stored there. That is one
         # more than on the way down: the level also stored what came into it, from the stem or from
         # a halving. Doubling repeats the pixels, and a convolution smooths them.
         for level, multiplier in reversed(list(enumerate(multipliers))):
-            attends = size // 2**level in attention
+            own_heads = heads if size // 2**level in attention else 0
             for _ in range(blocks + 1):
-                self.up.append(new_block(width + skips.pop(), multiplier * channels, attends))
+                self.up.append(new_block(width + skips.pop(), multiplier * channels, own_heads))
                 width = multiplier * channels
             if level > 0:
                 smooth = nn.Conv2d(width, width, 3, padding=1)
@@ -697,8 +694,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (Where it is
-        # disabled it still wants the name of a device that has it.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (A disabled
+        # autocast still checks that its device knows bfloat16; 'cpu' always does.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -722,8 +719,8 @@ class UNet(nn.Module):
                 else:
                     h = layer(h)  # twice the resolution
 
-        # The last layers compute in float32, which costs little: their output has then no rounding
-        # of its own, which x_0_pred would multiply by 157 at t = T (NOTES 4).
+        # The last layers compute in float32, which costs little: eps itself is not rounded to 8
+        # bits, an error that x_0_pred would multiply by 157 at T (NOTES 4). Others' remain.
         return self.head(F.silu(self.head_norm(h.float())))  # [B, out_channels, size, size]
 
 
@@ -780,7 +777,7 @@ class DiffuseVAE(nn.Module):
         self.diffusion = diffusion
         self.form = form
         self.cond_drop = cond_drop
-        self.z_dim = 0
+        self.z_dim = 0  # of the VAE's codes, whether the U-Net is shown them or not
         if vae is not None:
             self.z_dim = vae.z_dim
             vae.requires_grad_(False)
@@ -806,10 +803,9 @@ class DiffuseVAE(nn.Module):
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
         # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but a loss
-        # depends on its time most of all, so that a batch with many small times has a larger one,
-        # by chance. Here the i-th image has a time from the i-th of B equal parts of [0, T): as
-        # images are in random order, it is still uniform, and all batches are alike. (The clamp
-        # guards against rounding up to T.)
+        # depends on its time most of all, and a batch of many small times has a larger one. Here
+        # the i-th image has a time from the i-th of B equal parts of [0, T): batches are alike, and
+        # as images are in random order each time is uniform. (The clamp is against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
@@ -842,7 +838,7 @@ class DiffuseVAE(nn.Module):
             for name, value in condition.items():
                 condition[name] = torch.einsum('b,b...->b...', keep, value)
 
-        # Noise the image (all of it, whatever y is), and predict the noise given the draft.
+        # Noise the image (all of it, whatever the draft is of), and predict the noise.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
         eps_theta = partial(self.eps_theta, **condition)
         return {'loss': ddpm_loss(eps_theta, x_0, self.diffusion.alpha_bar, t, eps)}
@@ -1222,8 +1218,8 @@ def write_atomically(path, write):
 # ==== 6. SETTINGS =================================================================================
 # One dataclass for training, one for all that generates images. A field is an option of the command
 # line: its type parses the text, its sentence is the help. Each command offers those options that
-# it has a value for: so argparse itself refuses what would be ignored. The values of a training run
-# come from a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
+# it has a value for, and argparse itself refuses all others. The values of a training run come from
+# a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
 
 # Formulation 1, Formulation 2, and the baseline without drafts, and their names in files and rows.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}
@@ -1344,7 +1340,7 @@ class Options:
         # A run may go on from another working directory: folders are kept in full.
         for name in ('data', 'root'):
             folder = getattr(self, name)
-            if folder is not None and folder not in DATA_SETS:
+            if folder is not None and not (name == 'data' and folder in DATA_SETS):
                 setattr(self, name, str(Path(folder).expanduser().resolve()))
 
 
@@ -1370,7 +1366,7 @@ class TrainingOptions(Options):
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     parts: int = option('parts of a step, one after the other, to save memory', low=1)
     epochs: int = option('as many steps as so many passes over the images have', low=1)
-    steps: int = option('training steps, in place of --epochs; more extend a run', low=1)
+    steps: int = option('training steps (instead of --epochs, if any); more extend a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
     cooldown: float = option('share of the steps, at the end, over which it falls', low=0, high=1)
@@ -1623,8 +1619,9 @@ def find_run(typed, device):
     data = typed.get('data') or PRESETS[typed.get('preset', 'small')][stage]['data']
     path = checkpoint_path(typed.get('out', f'runs/{Path(data).name}'), form)
     saved = load_checkpoint(path)
-    if saved is not None:
-        return path, resolve(typed, saved['settings'], path), saved, None
+    if saved is not None:  # options that are newer than it have their defaults
+        before = PRESETS[saved['settings']['preset']][stage] | saved['settings']
+        return path, resolve(typed, before, path), saved, None
 
     # Else stage 2 begins where stage 1 ended. The baseline needs no stage 1; but if there is one,
     # it takes the same images, to be compared on.
@@ -1707,9 +1704,8 @@ def train(typed):
     # The model, and its averaged copy, which is what samples are drawn with.
     model = new_model(settings, first, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    pairs = zip(averaged.parameters(), model.parameters())
-    averages = [average for average, parameter in pairs if parameter.requires_grad]
+    pairs = zip(model.parameters(), averaged.parameters())
+    parameters, averages = zip(*[pair for pair in pairs if pair[0].requires_grad])
     fused = device.type in ('cpu', 'cuda')  # one pass over all weights; not everywhere to be had
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=fused)
     if saved:
@@ -2106,7 +2102,7 @@ def has_attribute(labels, text):
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text, re.DOTALL).groups()
     try:
         label = labels[name]
-        number = float(KINDS.index(value) if value in KINDS else value or 1)
+        number = KINDS.index(value) if name == 'kind' else float(value or 1)
     except (KeyError, ValueError) as error:
         known = f'there are {", ".join(labels) or "no labels"}; kinds are {", ".join(KINDS)}'
         raise UserError(f'--attribute {text}: {known}, other values numbers') from error
@@ -2254,9 +2250,8 @@ def fit_mixture(z, K, generator):
         text = f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}'
         progress.show(text, end=done)
         if done:
-            break
+            return mixture
         before = likelihood
-    return mixture
 
 
 @cache  # each is fitted once
@@ -2306,7 +2301,8 @@ def evaluate(options):
     training = runs[0].images(train=True, num=options.num * options.seeds)
     num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
     if num < 2:
-        raise UserError(f'--seeds {options.seeds}: {num} images for each are too few')
+        asked = f'--num {options.num} --seeds {options.seeds}'
+        raise UserError(f'{asked}: {num} images for each seed are too few')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 
