@@ -19,8 +19,7 @@ needs fewer steps.
     python diffusevae.py sample             # drafts above refined images, as a PNG
 
 The built-in images are striped shapes. On two cores of a Xeon with AVX-512 the three commands take
-3 min 22 s; refined images then have crisp stripes, which their drafts lack. In some they cross, in
-hardly any after twice the steps (--steps 2400 and 3600).
+some 7 minutes; refined images then have the crisp stripes that their drafts lack.
 
     Part 1  The method            1 the VAE, 2 diffusion, 3 the U-Net, 4 the two-stage model
     Part 2  Running it            5 data, 6 settings, 7 training, 8 sampling

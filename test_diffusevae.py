@@ -2079,6 +2079,7 @@ def test_preset_settings():
         found['data'] = Path(found['data']).name
         assert {name: found[name] for name in expected} == expected
     assert config(2, preset='cifar10', channels=160, blocks=3).channels == 160
+    assert config(1, data='mnist', root='mnist').root == str(Path('mnist').absolute())
 
 
 def test_epochs_make_the_steps_of_the_images_there_are(tmp_path, monkeypatch, capsys):
