@@ -130,7 +130,7 @@ def negative_elbo(y, x_hat, mu, logvar, kl_weight=1.0):
     """The loss of stage 1 and its two parts, each a mean over the batch.
 
     y: what is to be drafted, and x_hat, its draft: [B, C, H, W] in [0, 1]; mu, logvar: [B, z_dim];
-    kl_weight >= 0. Returns (loss, squared error, KL): tensors of shape [], the KL in nats.
+    kl_weight >= 0. Returns (loss, squared error, unweighted KL in nats), each of shape [].
     """
     # loss = ||y - x_hat||^2 + kl_weight KL( q(z|x_0) || p(z) )
     #
@@ -522,7 +522,7 @@ class Diffusion(nn.Module):
 
 
 def time_embedding(t, width):
-    """Times as sinusoids, float32: t [B] -> [B, width], cosines first, then sines."""
+    """Times as sinusoids, float32 on t's device: t [B] -> [B, width], first cosines, then sines."""
     # cos(w_i t) and sin(w_i t),  w_i = exp(-ln(10^4) i / (width / 2)),  i = 0 ... width / 2 - 1
     #
     # A single number t would be a poor input. Of these waves the fast ones tell neighbouring times
@@ -902,16 +902,16 @@ class UserError(Exception):
 def seed_of(*key):
     """A seed that depends on all parts of a key, e.g. (0, 'step', 17), and on nothing else."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits: a signed number of 64 holds it
+    return int.from_bytes(digest[:8], 'little') >> 1  # 63 bits fit into a signed integer of 64
 
 
 def make_generator(*key):
-    """A random generator with the `seed_of` a key, on the CPU: there all devices draw the same."""
+    """A random generator with the `seed_of` a key, on the CPU, so that all devices get the same."""
     return torch.Generator().manual_seed(seed_of(*key))
 
 
 # Which of how many processes this one is: torchrun says so. (A RANK that some other program left in
-# the environment does not count: as the second of two this one would train, and save nothing.)
+# the environment does not count: a lone process would take itself for a second, and save nothing.)
 TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ
 RANK = int(os.environ['RANK']) if TORCHRUN else 0
 WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
@@ -1011,7 +1011,7 @@ def draw_shapes(n, generator, size=32):
 
 def load_shapes(data, root, size, train, num):
     """20,000 shapes to train on, 2,000 held out, all drawn at once."""
-    # As floats, of which several sets are alive at once, larger ones would not fit into the memory.
+    # They are drawn as floats, several copies at once: larger ones would not fit into the memory.
     if size > 64:
         raise UserError(f'--size {size}: --data shapes has up to 64 pixels a side')
     n = 20_000 if train else 2_000
@@ -1055,7 +1055,7 @@ def read_picture(path, size, crop):
         picture = ImageOps.exif_transpose(picture)  # as the photographer held the camera
 
     # Pillow's own conversion to 8 bits would clip. A file does not say how many of its 16 bits it
-    # uses: white is taken to be 65535, as the formats have it, so that neighbours stay comparable.
+    # uses: white is taken to be 65535, as the formats have it; so a folder's pictures compare.
     if picture.mode == 'F':
         raise ValueError('its pixels are floats, of which nothing says what is white')
     if picture.mode.startswith('I'):
@@ -1067,9 +1067,9 @@ def read_picture(path, size, crop):
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
 
     picture = picture.convert('RGB')
-    if crop:
-        picture = ImageOps.fit(picture, (size, size), method=Image.LANCZOS)
-    return pil_to_tensor(picture.resize((size, size)))
+    square = (size, size)
+    picture = ImageOps.fit(picture, square, Image.LANCZOS) if crop else picture.resize(square)
+    return pil_to_tensor(picture)
 
 
 def read_pictures(paths, size, crop):
@@ -1126,7 +1126,7 @@ def load_celeba(data, root, size, train, num):
 
 
 def load_folder(data, root, size, train, num):
-    """All pictures below the folder `data`, in an order that depends on their names alone."""
+    """Training or held-out pictures of the folder `data`, in an order by their names alone."""
     # Hidden files are passed over, and links are followed. A link may lead back up, or two to one
     # file: of each file one name counts, so that no picture is both trained on and held out.
     names = sorted(glob.glob('**/*.*', root_dir=data, recursive=True))
@@ -1139,7 +1139,8 @@ def load_folder(data, root, size, train, num):
         raise UserError(f'--data {data}: not {", ".join(DATA_SETS)}, nor a folder of 2 pictures')
 
     # Held out is what has one of the lowest 5% of hashes. By a hash, not by chance: so held-out
-    # pictures stay held out when files are added. Sorted by it they are in random order, too.
+    # pictures stay held out when files are added (but the one of a very small folder). Sorted by it
+    # they are in random order, too.
     pictures.sort(key=seed_of)
     held_out = sum(seed_of(name) < 0.05 * 2**63 for name in pictures)
     held_out = min(max(1, held_out), len(pictures) - 1)
@@ -1157,8 +1158,8 @@ def load_images(settings, train, num=None, channels=None):
 
     channels: of the model that they are for, if there is one; else as many as they have.
     """
-    load = DATA_SETS.get(settings.data, load_folder)
-    images = load(settings.data, settings.root, settings.size, train, num)
+    loader = DATA_SETS.get(settings.data, load_folder)
+    images = loader(settings.data, settings.root, settings.size, train, num)
 
     # A set's own number of channels may differ from the model's: a few pictures of a set in colour
     # may all be grey, or held-out ones in colour where those for training are grey.
@@ -1216,9 +1217,9 @@ def write_atomically(path, write):
 
 # ==== 6. SETTINGS =================================================================================
 # One dataclass for training, one for all that generates images. A field is an option of the command
-# line: its type parses the text, its sentence is the help. Each command offers those options that
-# it has a value for, and argparse itself refuses all others. The values of a training run come from
-# a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
+# line, its sentence the help. Each command offers those options that it has a value for, and
+# argparse itself refuses all others. What is not typed for a training run comes from its checkpoint
+# or from a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
 
 # Formulation 1, Formulation 2, and the baseline without drafts, and their names in files and rows.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}
@@ -1275,14 +1276,14 @@ PRESETS = {  # for celebahq --data has to be a folder of the images
 }
 
 
-def paper_vae(encoder, decoder, channels):
-    """One of the paper's VAEs: (encoder, decoder, channels), each {resolution: number}.
+def paper_vae(encoder, decoder, widths):
+    """One of the paper's VAEs: (encoder, decoder, widths), each {resolution: number}.
 
-    encoder: blocks from the image down to one pixel; decoder: blocks from there up; channels: from
+    encoder: blocks from the image down to one pixel; decoder: blocks from there up; widths: from
     4x4 pixels up (those of a single pixel are z_dim).
     """
     up = (1, 4, 8, 16, 32, 64, 128, 256)[: len(decoder)]
-    return dict(zip(up[::-1], encoder)), dict(zip(up, decoder)), dict(zip(up[1:], channels))
+    return dict(zip(up[::-1], encoder)), dict(zip(up, decoder)), dict(zip(up[1:], widths))
 
 
 PAPER_VAES = {
@@ -1321,7 +1322,7 @@ def option(meaning, low=-math.inf, high=math.inf, choices=None):
 class Options:
     """What both classes of options have in common. UserError for a number out of its range."""
 
-    out: str = option('folder of the run (train: default runs/<data>)')
+    out: str = option('folder of the run (train: else runs/<data>)')
     form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
     data: str = option(f'{", ".join(DATA_SETS)}, or a folder of pictures')
     root: str = option('folder where the files of a named set are, or go')
@@ -1350,7 +1351,7 @@ class TrainingOptions(Options):
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
     size: int = option('height and width of the images', low=16, high=4096)
-    flip: bool = option('mirror half of the images, in each step others')
+    flip: bool = option('mirror a random half of each batch')
     z_dim: int = option('numbers in the code z', low=2, high=65536)
     kl_weight: float = option('VAE: weight of the KL', low=0, high=1e9)
     signal: str = option('what the VAE models of an image', choices=SIGNALS)
@@ -1364,7 +1365,7 @@ class TrainingOptions(Options):
     cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
     parts: int = option('parts of a step, one after the other, to save memory', low=1)
-    epochs: int = option('as many steps as so many passes over the images have', low=1)
+    epochs: int = option('passes over the images, where --steps is not given', low=1)
     steps: int = option('training steps (instead of --epochs, if any); more extend a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
     warmup: int = option('steps over which the learning rate rises', low=1)
@@ -1378,11 +1379,11 @@ class TrainingOptions(Options):
 def resolve(typed, before, path):
     """The settings of a run: what was typed, else the checkpoint's, else the preset's.
 
-    typed: {option: value}; before: settings of the checkpoint at `path`, or {}. It may lack options
-    that are newer: they take their defaults. UserError for what cannot be changed.
+    typed: {option: value}; before: the settings that the checkpoint at `path` fixes, or {}; those
+    that it lacks take their defaults. UserError for what cannot be changed.
     """
-    # What does not change what is learnt may change: where files are (other images are refused when
-    # they are read), how long, on what, and how often it is saved.
+    # These may change: where files are (other images are refused when they are read), how long, on
+    # what and in how many parts is computed, and how often it is saved.
     free = ('out', 'root', 'data', 'steps', 'parts', 'device', 'save_every')
     for name, value in typed.items():
         if name in before and name not in free and before[name] != value:
@@ -1401,7 +1402,7 @@ def refuse_what_does_not_fit(settings):
     if settings.stage == 1:
         _, _, widths = vae_layout(settings)
         if size != max(widths) or size % 16:
-            raise UserError(f'--size {size}: must be a multiple of 16, or that of the --preset')
+            raise UserError(f'--size {size}: a --preset has its own; small has multiples of 16')
         return
 
     # As many cosines as sines need an even number of channels, and 32 groups a multiple of 32.
@@ -1463,7 +1464,7 @@ def choose_device(name):
 
 
 def has_fast_bfloat16(device):
-    """Whether the device has units for bfloat16."""
+    """Whether bfloat16 is known to be fast on the device."""
     # It has the range of float32 with 8 bits of precision: enough for a U-Net, and fast where
     # there are units for it. Emulated it is slower than float32. The VAE, the losses, the averages
     # and the weights themselves stay in float32.
@@ -1475,7 +1476,7 @@ def has_fast_bfloat16(device):
 
 
 def build(settings, channels):
-    """The module of a stage, a VAE or a DiffuseVAE, with fresh weights, for so many channels."""
+    """A VAE or a DiffuseVAE with fresh weights, for images of so many channels."""
     if settings.stage == 1:
         layout = vae_layout(settings)
         return VAE(channels, settings.size, *layout, settings.kl_weight, settings.signal)
@@ -1484,9 +1485,9 @@ def build(settings, channels):
         vae = build(resolve({}, settings.vae, None), channels)  # by the settings of its stage 1
 
     # The U-Net of the baseline sees x_t alone; the others the draft beside it, as more channels.
+    in_channels = channels if vae is None else 2 * channels
     layers = dict(channels=settings.channels, multipliers=settings.multipliers)
     layers |= dict(blocks=settings.blocks, attention=settings.attention, heads=settings.heads)
-    in_channels = channels if vae is None else 2 * channels
     layers |= dict(dropout=settings.dropout, z_dim=vae.z_dim if settings.z_cond else 0)
     unet = UNet(in_channels, channels, settings.size, **layers)
     return DiffuseVAE(vae, unet, Diffusion(linear_schedule()), settings.form, settings.cond_drop)
@@ -1509,7 +1510,7 @@ def checkpoint_path(out, form):
 
 
 def load_checkpoint(path):
-    """What `train` has saved, on the CPU; None if there is no such file."""
+    """What `train` or `mixture_of_codes` saved, on the CPU; None if there is no such file."""
     # weights_only: a pickle may hold code, and would run it. So a checkpoint from a stranger can be
     # opened: it holds data and nothing else.
     if not path.exists():
@@ -1594,7 +1595,7 @@ def check_losses(losses, norm, step):
 
     losses: means over the steps since the last check, by name; norm: the last gradient's.
     """
-    # Such a value has reached the weights, and nothing brings them back: the last norm tells.
+    # What is not finite is in the weights for good, so that the last norm shows it.
     if not all(math.isfinite(value) for value in (*losses.values(), norm)):
         message = f'a loss or gradient in the steps up to {step} is not finite'
         raise UserError(f'{message}: start anew in another --out, with a lower --lr or --clip')
@@ -1618,7 +1619,7 @@ def find_run(typed, device):
     data = typed.get('data') or PRESETS[typed.get('preset', 'small')][stage]['data']
     path = checkpoint_path(typed.get('out', f'runs/{Path(data).name}'), form)
     saved = load_checkpoint(path)
-    if saved is not None:  # options that are newer than it have their defaults
+    if saved is not None:  # what it lacks has its default, which cannot be changed either
         before = PRESETS[saved['settings']['preset']][stage] | saved['settings']
         return path, resolve(typed, before, path), saved, None
 
@@ -1655,8 +1656,8 @@ def new_model(settings, first, images, device):
 
     # The encoder sees colours relative to the mean colour of y, and the decoder starts from it.
     # Where most pixels are black, or white, training would else begin with driving the last sigmoid
-    # to where it is flat, and with it all gradients to the code, before it says anything (NOTES 4).
-    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # with y at most 2.4 GB
+    # to where it is flat and passes no gradient to the code, before that says anything (NOTES 4).
+    n = min(1000, 10**8 // images.pixels[0, 0].numel())  # x and y have at most 2.4 GB
     y = model.signal(images.batch(slice(n)))
     mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
     model.mean_colour.copy_(rearrange(mean, 'c -> c 1 1'))
@@ -1665,7 +1666,7 @@ def new_model(settings, first, images, device):
 
 
 def rows_to_look_at(trained, held_out):
-    """The picture of a training run: rows [(label, images)], of 16 `Images` or of new ones."""
+    """The picture of a training run: rows [(label, images)], of 16 held-out or new images."""
     # Stage 1: what the VAE models of held-out images, above their drafts. Stage 2: drafts above new
     # images.
     if trained.settings.stage == 2:
@@ -1837,14 +1838,14 @@ class Trained:
         return self.vae.decode(z.to(self.device)).cpu()
 
     def noise(self, n, generator):
-        """A function that draws fresh noise [n, C, H, W] at each call: n = 1 is for all images."""
+        """A function that draws new noise [n, C, H, W] at each call, with n = 1 one for all."""
         shape = (n, self.facts['channels'], self.settings.size, self.settings.size)
         return partial(torch.randn, shape, generator=generator)
 
     def shared_noise(self, seed, key='shared noise'):
         """New `noise` that all images share in each step, which leaves z as their only difference.
 
-        Make one for each painting: after it, a used one goes on where it is.
+        Make one for each painting: a used one does not start again.
         """
         return self.noise(1, make_generator(seed, key))
 
@@ -1866,7 +1867,7 @@ class Trained:
         draft = None if draft is None else draft.to(self.device)
         x_T = draw_noise().expand(len(z), -1, -1, -1)
         draft, x = self.model.generate(z.to(self.device), x_T, draw_noise, draft, **how)
-        return draft if draft is None else draft.cpu(), x.cpu()
+        return None if draft is None else draft.cpu(), x.cpu()
 
     def new_chunk(self, options, first):
         """(drafts, images) of the chunk of codes from the prior that begins with number `first`."""
@@ -1908,7 +1909,6 @@ class Trained:
 
 def rows_of(drafts, refined):
     """Rows of a picture: drafts, if there are any, above refined images."""
-    # The baseline has none.
     return [('refined', refined)] if drafts is None else [('draft', drafts), ('refined', refined)]
 
 
@@ -1933,7 +1933,7 @@ def load(out='runs/shapes', form='1', device=None, data=None, root=None):
 
 
 def load_all(options):
-    """Generate the `Trained` forms of --out, or --form alone, to be compared with the first.
+    """Yield the `Trained` forms of --out, or --form alone, to be compared with the first.
 
     UserError if there is none, or if the next is of other images or has another VAE.
     """
@@ -1979,10 +1979,10 @@ def write_pngs(trained, options):
     for first in range(RANK * trained.chunk, options.num, WORLD * trained.chunk):
         numbers = range(first, min(first + trained.chunk, options.num))
         if not all((folder / 'refined' / f'{i:06}.png').exists() for i in numbers):
-            for name, batch in rows_of(*trained.new_chunk(options, first)):
+            for label, batch in rows_of(*trained.new_chunk(options, first)):
                 for i, pixels in zip(numbers, to_uint8(batch)):
                     save = partial(to_pil_image(pixels).save, format='png')
-                    write_atomically(folder / name / f'{i:06}.png', save)
+                    write_atomically(folder / label / f'{i:06}.png', save)
         progress.show(f'{numbers.stop}/{options.num} images in {folder}')
     progress.show(f'{options.num} images are in {folder}', end=True)
 
@@ -2043,7 +2043,8 @@ def chain(options):
     columns = ['0'] + [str(times[i] + 1) for i in picked]  # as in formulas: t = 1 ... T
 
     # Forward: one noise for all times, so that only its share changes. The paper's x_t of
-    # Formulation 2 is ours plus the draft, from t = 1 on; so the draft stands below the largest t.
+    # Formulation 2 is ours plus the draft, from t = 1 on: its largest t is noise around the draft,
+    # which stands below it.
     x_0 = 2 * x - 1
     draft = trained.decode(mu)
     eps = trained.shared_noise(options.seed, 'forward noise')()
@@ -2063,7 +2064,7 @@ def chain(options):
         _, refined = run.paint(own, mu, run.shared_noise(options.seed), passed=passed)
         passed.reverse()
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
-            images = torch.cat([passed[time][i] for time in picked]).cpu()
+            images = torch.cat([passed[k][i] for k in picked]).cpu()
             rows.append((label, torch.cat([refined, (images + 1) / 2])))
     trained.write_picture(options.picture, rows, columns)
 
@@ -2093,7 +2094,7 @@ def interpolate(options):
 
 
 def has_attribute(labels, text):
-    """Which images have an attribute such as kind=circle, digit=3, size>0.5, Smiling: bool [N].
+    """Which images have an attribute such as kind=circle, digit=3, size>0.5, x<0.5, Smiling: bool.
 
     UserError if the labels have no such attribute, or if it is true of all images or of none.
     """
@@ -2104,7 +2105,7 @@ def has_attribute(labels, text):
         number = KINDS.index(value) if name == 'kind' else float(value or 1)
     except (KeyError, ValueError) as error:
         known = f'there are {", ".join(labels) or "no labels"}; kinds are {", ".join(KINDS)}'
-        raise UserError(f'--attribute {text}: {known}, other values numbers') from error
+        raise UserError(f'--attribute {text}: {known}, other values are numbers') from error
     has = {'>': label > number, '<': label < number}.get(relation, label == number)
     if has.all() or not has.any():
         raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
@@ -2213,7 +2214,7 @@ def em_step(z, r, ridge=1e-6):
     """One step of EM for a mixture of K Gaussians.
 
     z: [N, D], in float64; r: responsibilities [N, K]. Returns ((w [K], m [K, D], S [K, D, D]), the
-    new r [N, K], the mean log-likelihood []): the mixture that fits z and r, and what follows.
+    new r [N, K], the mean log-likelihood []): the mixture that fits z and r, and both by it.
     """
     # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
     # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
@@ -2270,7 +2271,7 @@ def mixture_of_codes(trained, K):
     if comparable and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
         return saved['mixture']
 
-    # A covariance has z_dim eigenvalues: it takes some times as many codes to estimate each.
+    # A covariance has z_dim eigenvalues: each covariance needs several times as many codes.
     number = max(5000, 4 * K * trained.vae.z_dim)
     images = trained.images(train=True, num=number)
     if not same_images(trained.facts | {'first': images.pixels[:8]}, trained.facts):
@@ -2367,11 +2368,11 @@ def whole_numbers(text):
 
 
 def add_options(parser, options_class, defaults):
-    """Give the parser an option for each of the fields that have a default."""
+    """Give the parser an option for each field that `defaults` names."""
     for setting in [setting for setting in fields(options_class) if setting.name in defaults]:
         default = defaults[setting.name]
-        typed = ','.join(map(str, default)) if isinstance(default, tuple) else default
-        said = f' (default {typed})' if default else ''
+        shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
+        said = f' (default {shown})' if default not in (None, '', ()) else ''
         how = {'help': setting.metadata['meaning'] + said, 'default': argparse.SUPPRESS}
         if setting.type is bool:
             parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **how)
@@ -2406,8 +2407,8 @@ def parse(argv):
     command = typed.pop('command')
     run, defaults, _ = COMMANDS[command]
 
-    # A picture, or a folder of them, is named after what was typed: so none replaces another, but
-    # of more images.
+    # A picture, or a folder of them, is named after what was typed: so only
+    # another --num replaces one.
     unnamed = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
     named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in unnamed]
     picture = quote('-'.join([command, *named]), safe='=')
@@ -2427,7 +2428,7 @@ def main(argv=None):
         complain('interrupted; the same command goes on from what it has saved, if anything')
         return 130
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
-        is_full = isinstance(error, torch.cuda.OutOfMemoryError)
+        is_full = isinstance(error, torch.cuda.OutOfMemoryError) and run is train
         complain(f'error: {error}{"; train --parts 2, or more, needs less" if is_full else ""}')
         return 2
     finally:

@@ -799,7 +799,8 @@ class TestEMAUpdate:
 
 @exercise('slerp', points=3)
 class TestSlerp:
-    """Which weights of a and b turn a by w theta, in the plane of both? theta is their angle."""
+    """For a and b of equal length: which weights of them turn a by w theta, in the plane of both?
+    theta is their angle. The same weights are taken for all lengths."""
 
     def test_ends(self):
         """w = 0 gives a and w = 1 gives b."""
@@ -837,9 +838,9 @@ def covariance_matrices(k, d, seed):
 
 @exercise('em_step', points=4)
 class TestEMStep:
-    """Which w, m and S maximise sum_nk r_nk log( w_k N(z_n; m_k, S_k) )? (`ridge` is added to the
-    diagonal of S, which may be singular else.) Which r are then p(k|z_n)? The densities underflow;
-    their logarithms do not."""
+    """Which w, m and S maximise sum_nk r_nk log( w_k N(z_n; m_k, S_k) ), where all w_k add up to 1?
+    (`ridge` is added to the diagonal of S, which may be singular else.) Which r are then p(k|z_n)?
+    The densities underflow; their logarithms do not."""
 
     z = randn(40, 3)
     r = randn(40, 2, seed=1).softmax(1)
@@ -2864,7 +2865,9 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     fails('file', 'train', '--stage', 1, '--out', tmp_path / 'file' / 'run', *FEW)
     error = torch.OutOfMemoryError('CUDA out of memory.\nTried to allocate 20 GiB.')
     monkeypatch.setattr(dv.Trained, 'paint', partial(raises, error))
-    fails('GiB.; train --parts 2, or more', 'sample', '--out', trained)
+    fails('GiB.', 'sample', '--out', trained)
+    command = ['train', '--stage', 2, '--form', '2', '--steps', 13]
+    fails('GiB.; train --parts 2, or more', *command, '--out', copied)
 
 
 @pytest.mark.parametrize('error', [RuntimeError, ValueError, KeyError, NotImplementedError])
@@ -2988,7 +2991,8 @@ HEADER = """\
 # You learn to get from a bound, a Gaussian or Bayes' rule to code that trains. You should know
 # Python, some torch, and these three. It takes two to three hours. Read from the top; where you
 # come to an EXERCISE, derive on paper what its comment states or asks, then replace the line with
-# NotImplementedError. Leave name and arguments as they are, and do not change what you are given.
+# NotImplementedError. Leave name and arguments as they are, and do not change what you are given
+# (but the averages of 13).
 # alpha_bar may be a tensor or a float, which has no `sqrt`: `alpha_bar**0.5` works for both.
 #
 # Any order will do: each is graded by itself, with right formulas in place of all the others. With
@@ -3012,7 +3016,12 @@ def blanked(source, numbers, formulas):
     it and the first statement. Its first paragraph is the formula: where that can be derived, a
     question takes its place, unless `formulas` are wanted.
     """
+    # What follows from the steps up to t is exercise 5, also where it is said before.
     lines = source.splitlines()
+    if EXERCISES['q_sample'].number in numbers and not formulas:
+        lines = [line for line in lines if not re.match(r'# +hence q\(', line)]
+        source = '\n'.join(lines)
+
     # From the end of the file, so that the line numbers of what is still to come stay right.
     for node in reversed(ast.parse(source).body):
         if not isinstance(node, ast.FunctionDef) or node.name not in EXERCISES:
