@@ -645,9 +645,11 @@ class UNet(nn.Module):
         # few channels lose the image's colour: small networks drift in it (NOTES 4). So they have
         # one group; from 128 channels on there are the paper's 32.
         groups = 32 if channels >= 128 else 1
+
+        # What all blocks have in common. Each has its own widths, and its heads if it attends.
         embedding_dim = 4 * channels
-        told = dict(embedding_dim=embedding_dim, scale_shift=z_dim > 0)
-        new_block = partial(ResBlock, **told, groups=groups, dropout=dropout)
+        common = dict(embedding_dim=embedding_dim, scale_shift=z_dim > 0)
+        new_block = partial(ResBlock, **common, groups=groups, dropout=dropout)
 
         self.time_mlp = embedding_mlp(channels, embedding_dim)
         self.z_mlp = embedding_mlp(z_dim, embedding_dim) if z_dim else None

@@ -2992,8 +2992,7 @@ HEADER = """\
 # Python, some torch, and these three. It takes two to three hours. Read from the top; where you
 # come to an EXERCISE, derive on paper what its comment states or asks, then replace the line with
 # NotImplementedError. Leave name and arguments as they are, and do not change what you are given
-# (but the averages of 13).
-# alpha_bar may be a tensor or a float, which has no `sqrt`: `alpha_bar**0.5` works for both.
+# (but the averages of 13). alpha_bar may be a tensor or a float: `alpha_bar**0.5` works for both.
 #
 # Any order will do: each is graded by itself, with right formulas in place of all the others. With
 # this file as diffusevae.py beside test_diffusevae.py (--only 5 grades one):
