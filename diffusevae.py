@@ -1391,6 +1391,9 @@ def resolve(typed, before, path):
         if name in before and name not in free and before[name] != value:
             raise UserError(f'{flag(name)} {value}: {path} has {before[name]}')
     given = {'preset': 'small'} | before | typed
+    unknown = set(given) - {setting.name for setting in fields(TrainingOptions)}
+    if unknown:  # a changed copy of this file trained it
+        raise UserError(f'{path}: has settings that are unknown here: {", ".join(unknown)}')
     preset = PRESETS[given['preset']]
     return TrainingOptions(**(preset[given['stage']] | given))
 

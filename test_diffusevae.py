@@ -52,7 +52,7 @@ GRADED = Path(os.environ.get('DIFFUSEVAE', HERE / 'diffusevae.py')).resolve()
 
 torch.set_num_threads(2)
 T = 1000
-CODE_LINES = 1261
+CODE_LINES = 1264
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
 
@@ -2281,7 +2281,7 @@ def test_resume_finish_extend_contradict(trained, capsys):
     assert (trained / 'stage1.pt').read_bytes() == before
 
 
-def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path):
+def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path, capsys):
     """Settings that a checkpoint lacks take their default, which cannot be changed any more."""
     for name in ('stage1', 'stage2-form1'):
         saved = torch.load(trained / f'{name}.pt', weights_only=True)
@@ -2291,6 +2291,11 @@ def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path):
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14, '--dropout', 0.5) == 2
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14) == 0
     assert run('sample', '--out', tmp_path, '--steps', 1, '--num', 1) == 0
+    saved['settings']['later'] = 1
+    torch.save(saved, tmp_path / 'stage2-form1.pt')
+    assert (
+        run('sample', '--out', tmp_path) == 2 and 'unknown here: later' in capsys.readouterr().err
+    )
 
 
 def test_a_run_goes_on_with_its_own_pictures_only(tmp_path, capsys, monkeypatch):
