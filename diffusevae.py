@@ -209,9 +209,9 @@ class VAE(nn.Module):
         self.kl_weight = kl_weight
         self.signal = SIGNALS[signal]
 
-        # The mean colour of y over the training set is subtracted from what the encoder sees: where
-        # most pixels are white, the code else comes to carry nothing, and all drafts are alike, as
-        # if that constant drowned what differs (NOTES 4). Ours; training sets it when it begins.
+        # The mean colour of y over the training set is subtracted from what the encoder sees.
+        # Without this, where most pixels are white, the code came to carry nothing, as if that
+        # constant drowned what differs (NOTES 4). It is ours; training sets it when it begins.
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -402,7 +402,8 @@ def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     return alpha_bar_prev**0.5 * x_0_pred + direction + sigma * noise
 
 
-# All are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev. So eta is 0.
+# All samplers are called alike: (x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise) -> x_prev; ddim
+# has eta = 0, its default.
 SAMPLERS = {'ddpm': ddpm_step, 'ddim': ddim_step}
 SAMPLERS['ddpm-large'] = partial(ddpm_step, variance='large')
 
@@ -721,7 +722,8 @@ class UNet(nn.Module):
                     h = layer(h)  # twice the resolution
 
         # The last layers compute in float32, which costs little: eps itself is not rounded to 8
-        # bits, an error that x_0_pred would multiply by 157 at T (NOTES 4). Others' remain.
+        # bits, an error that x_0_pred would multiply by 157 at T (NOTES 4). What the layers before
+        # have rounded remains.
         return self.head(F.silu(self.head_norm(h.float())))  # [B, out_channels, size, size]
 
 
@@ -837,7 +839,7 @@ class DiffuseVAE(nn.Module):
             # know the answer without it. In its place come zeros: a grey image, and the mean of the
             # prior. (The authors withhold it from whole batches.)
             for name, value in condition.items():
-                condition[name] = torch.einsum('b,b...->b...', keep, value)
+                condition[name] = torch.einsum('b,b...->b...', keep, value)  # each image by its own
 
         # Noise the image (all of it, whatever the draft is of), and predict the noise.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
@@ -1709,8 +1711,9 @@ def train(typed):
     # The model, and its averaged copy, which is what samples are drawn with.
     model = new_model(settings, first, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
-    pairs = zip(model.parameters(), averaged.parameters())
-    parameters, averages = zip(*[pair for pair in pairs if pair[0].requires_grad])
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    pairs = zip(averaged.parameters(), model.parameters())
+    averages = [average for average, parameter in pairs if parameter.requires_grad]
     fused = device.type in ('cpu', 'cuda')  # one pass over all weights; not everywhere to be had
     optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=fused)
     if saved:
@@ -2107,7 +2110,7 @@ def has_attribute(labels, text):
     name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text, re.DOTALL).groups()
     try:
         label = labels[name]
-        number = KINDS.index(value) if name == 'kind' else float(value or 1)
+        number = KINDS.index(value) if name == 'kind' and value in KINDS else float(value or 1)
     except (KeyError, ValueError) as error:
         known = f'there are {", ".join(labels) or "no labels"}; kinds are {", ".join(KINDS)}'
         raise UserError(f'--attribute {text}: {known}, other values are numbers') from error
@@ -2219,7 +2222,8 @@ def em_step(z, r, ridge=1e-6):
     """One step of EM for a mixture of K Gaussians.
 
     z: [N, D], in float64; r: responsibilities [N, K]. Returns ((w [K], m [K, D], S [K, D, D]), the
-    new r [N, K], the mean log-likelihood []): the mixture that fits z and r, and both by it.
+    new r [N, K], likelihood []): the mixture that fits z and r, and by this mixture the
+    responsibilities for z and its mean log-likelihood.
     """
     # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
     # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
@@ -2412,8 +2416,7 @@ def parse(argv):
     command = typed.pop('command')
     run, defaults, _ = COMMANDS[command]
 
-    # A picture, or a folder of them, is named after what was typed: so only
-    # another --num replaces one.
+    # A picture, or a folder of them, is named after what was typed: another --num replaces it.
     unnamed = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
     named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in unnamed]
     picture = quote('-'.join([command, *named]), safe='=')
