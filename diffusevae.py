@@ -38,8 +38,6 @@ import hashlib
 import io
 import math
 import os
-import re
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +49,6 @@ from pathlib import Path
 from urllib.parse import quote
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
@@ -364,18 +361,17 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     x_t, x_0_pred, noise: [B, C, H, W], noise ~ N(0, I); alpha_bar, alpha_bar_prev: floats;
     variance: 'small' or 'large'. Returns x_prev.
     """
-    # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end
+    # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end,
+    # where alpha_bar_prev is 1 and the small variance 0
     #
     # The "small" variance is the posterior's, the "large" one its beta. If all images were the same
     # one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be the posterior. If
     # images were white noise, x_0 ~ N(0, I), then so would each x_t be, and a step back would be as
     # uncertain as a step forward: its variance would be beta. Real data lie in between. Our default
     # is the small one; the authors test CIFAR-10 and CelebA-64 with the large one.
-    mean, small = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
-    large = 1 - alpha_bar / alpha_bar_prev
-    if alpha_bar_prev == 1:
-        return mean
-    chosen = large if variance == 'large' else small
+    mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
+    if variance == 'large' and alpha_bar_prev < 1:
+        chosen = 1 - alpha_bar / alpha_bar_prev
     return mean + chosen**0.5 * noise
 
 
@@ -481,9 +477,7 @@ class Diffusion(nn.Module):
         self.register_buffer('alpha_bar', alpha_bar.float(), persistent=False)  # [T], for the loss
 
     @torch.no_grad()
-    def sample(
-        self, eps_theta, x_T, draw_noise, steps, sampler='ddpm', spacing='quadratic', passed=None
-    ):
+    def sample(self, eps_theta, x_T, draw_noise, steps, sampler, spacing, passed=None):
         """Run the reverse chain from x_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
 
         x_T: N(0, I) noise, taken as x_t at the first time of the grid, which need not be T.
@@ -534,11 +528,9 @@ def time_embedding(t, width):
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def embedding_mlp(width, embedding_dim):
+def embedding_mlp(width, dim):
     """Two linear layers that turn the time embedding, or z, into what residual blocks are told."""
-    return nn.Sequential(
-        nn.Linear(width, embedding_dim), nn.SiLU(), nn.Linear(embedding_dim, embedding_dim)
-    )
+    return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 def zero_init(conv):
@@ -576,19 +568,17 @@ class Attention(nn.Module):
 class ResBlock(nn.Module):
     """A residual block that is told the time: [B, in_channels, H, W] -> [B, out_channels, H, W].
 
-    heads: of the attention that follows, 0 for none; embedding_dim: width of the embedding of t
+    heads: of the attention that follows, 0 for none; embed_dim: width of the embedding of t
     (and z). With scale_shift the embedding scales and shifts the features, which the authors use in
     networks that see z; without, it is added to them. groups: of GroupNorm.
     """
 
-    def __init__(
-        self, in_channels, out_channels, heads, embedding_dim, scale_shift, groups, dropout
-    ):
+    def __init__(self, in_channels, out_channels, heads, embed_dim, scale_shift, groups, dropout):
         super().__init__()
         self.scale_shift = scale_shift
         self.norm1 = nn.GroupNorm(groups, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.project = nn.Linear(embedding_dim, 2 * out_channels if scale_shift else out_channels)
+        self.project = nn.Linear(embed_dim, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
@@ -648,12 +638,12 @@ class UNet(nn.Module):
         groups = 32 if channels >= 128 else 1
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
-        embedding_dim = 4 * channels
-        common = dict(embedding_dim=embedding_dim, scale_shift=z_dim > 0)
+        embed_dim = 4 * channels
+        common = dict(embed_dim=embed_dim, scale_shift=z_dim > 0)
         new_block = partial(ResBlock, **common, groups=groups, dropout=dropout)
 
-        self.time_mlp = embedding_mlp(channels, embedding_dim)
-        self.z_mlp = embedding_mlp(z_dim, embedding_dim) if z_dim else None
+        self.time_mlp = embedding_mlp(channels, embed_dim)
+        self.z_mlp = embedding_mlp(z_dim, embed_dim) if z_dim else None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down = nn.ModuleList()
         self.up = nn.ModuleList()
@@ -848,7 +838,9 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def generate(self, z, x_T, draw_noise, draft=None, guidance=0.0, **chain):
-        """Sampling: the draft of a code z, and the draft refined, both [B, C, H, W] in [0, 1].
+        """Sampling: the 'draft' of a code z, which the baseline has not, and the image 'refined'.
+
+        Both are [B, C, H, W] in [0, 1].
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
@@ -856,7 +848,7 @@ class DiffuseVAE(nn.Module):
         same: any, if the U-Net has no z_dim, else the code that the draft belongs to;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
-        The baseline makes no draft: None. To be called in eval mode, without dropout.
+        To be called in eval mode, without dropout.
         """
         # Stage 1 drafts.
         if self.vae is not None and draft is None:
@@ -877,7 +869,8 @@ class DiffuseVAE(nn.Module):
             return (1 + guidance) * eps - guidance * eps_null
 
         x_0 = self.diffusion.sample(guided, x_T, draw_noise, **chain)
-        return draft, (x_0 + 1) / 2
+        images = {} if draft is None else {'draft': draft}
+        return images | {'refined': (x_0 + 1) / 2}
 
 
 # ==== PART 2: RUNNING IT ==========================================================================
@@ -934,7 +927,7 @@ class Progress:
         terminal = sys.stdout.isatty()
         self.due = now + (0.1 if terminal else 10)
         if terminal:  # a line that is longer than the terminal is wide could not be rewritten
-            text = f'\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K'
+            text = f'\r{text[: os.get_terminal_size().columns - 1]}\x1b[K'
         print(text, end='' if terminal and not end else '\n', flush=True)
 
 
@@ -946,10 +939,10 @@ def complain(text):
 
 @dataclass
 class Images:
-    """A set of images in memory: uint8 pixels [N, C, H, W], and labels {name: [N]}."""
+    """A set of images in memory: uint8 pixels [N, C, H, W], and attributes {name: bool [N]}."""
 
     pixels: torch.Tensor
-    labels: dict
+    attributes: dict
 
     def batch(self, indices):
         """The images of those indices, or of a slice: floats in [0, 1], [B, C, H, W]."""
@@ -1020,7 +1013,11 @@ def load_shapes(data, root, size, train, num):
         raise UserError(f'--size {size}: --data shapes has up to 64 pixels a side')
     n = 20_000 if train else 2_000
     pixels, factors = draw_shapes(n, make_generator('shapes', train), size)
-    return Images(pixels[:num], {name: factor[:num] for name, factor in factors.items()})
+
+    # Attributes: of each kind, or above the middle of a factor's range.
+    attributes = {name: factors['kind'] == kind for kind, name in enumerate(KINDS)}
+    attributes |= {name: factors[name] > 0.5 for name in factors if name != 'kind'}
+    return Images(pixels[:num], {name: has[:num] for name, has in attributes.items()})
 
 
 def download(dataset, data, root, **split):
@@ -1045,8 +1042,10 @@ def load_small_images(data, root, size, train, num):
         pixels = rearrange(pixels, 'n y x c -> n c y x')
     else:
         pixels = F.pad(pixels[:, None], (2, 2, 2, 2))  # 28x28 become [n, 1, 32, 32]
-    label = 'digit' if data == 'mnist' else 'class'
-    return Images(pixels, {label: torch.as_tensor(found.targets)[order]})
+
+    # Attributes: to be of a class, by torchvision's name of it, such as '3 - three' or 'truck'.
+    targets = torch.as_tensor(found.targets)[order]
+    return Images(pixels, {name: targets == i for i, name in enumerate(found.classes)})
 
 
 def read_picture(path, size, crop):
@@ -1126,7 +1125,7 @@ def load_celeba(data, root, size, train, num):
     order = torch.randperm(len(found.filename), generator=make_generator('order'))[:num]
     paths = [f'{root}/celeba/img_align_celeba/{found.filename[i]}' for i in order]
     pixels, good = read_pictures(paths, size, crop=False)
-    return Images(pixels, dict(zip(found.attr_names, found.attr[order][good].T)))
+    return Images(pixels, dict(zip(found.attr_names, found.attr[order][good].bool().T)))
 
 
 def load_folder(data, root, size, train, num):
@@ -1168,8 +1167,7 @@ def load_images(settings, train, num=None, channels=None):
     # A set's own number of channels may differ from the model's: a few pictures of a set in colour
     # may all be grey, or held-out ones in colour where those for training are grey.
     if channels not in (None, images.pixels.shape[1]):
-        grey_pixels = images.pixels.float().mean(dim=1, keepdim=True).round().byte()
-        images.pixels = grey_pixels.expand(-1, channels, -1, -1)
+        images.pixels = images.pixels[:, :1].expand(-1, channels, -1, -1)
     return images
 
 
@@ -1248,8 +1246,7 @@ STAGE_1 = dict(z_dim=8, kl_weight=0.2, signal='image', batch=32, steps=2400, lr=
 
 # Two levels only: so the bottleneck, which attends, has 16x16 pixels, enough to see stripes.
 STAGE_2 = dict(form='1', channels=16, multipliers=(1, 2), blocks=1, attention=(), heads=1)
-STAGE_2 |= dict(dropout=0.0, z_cond=False, cond_drop=0.0)
-STAGE_2 |= dict(batch=16, steps=3600, lr=1.5e-2, clip=1.0)
+STAGE_2 |= dict(dropout=0.0, z_cond=False, cond_drop=0.0, batch=16, steps=3600, lr=1.5e-2, clip=1.0)
 SMALL = {1: BOTH | STAGE_1, 2: BOTH | STAGE_2}
 
 
@@ -1318,8 +1315,7 @@ def vae_layout(settings):
 
 def option(meaning, low=-math.inf, high=math.inf, choices=None):
     """A field of a dataclass of options. low, high: its range; choices: the values it may have."""
-    facts = dict(meaning=meaning, range=(low, high), choices=choices)
-    return field(default=None, metadata=facts)
+    return field(default=None, metadata=dict(meaning=meaning, range=(low, high), choices=choices))
 
 
 @dataclass
@@ -1340,12 +1336,6 @@ class Options:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)) and not low <= number <= high:
                     raise UserError(f'{flag(setting.name)} {value}: must be from {low} to {high}')
-
-        # A run may go on from another working directory: folders are kept in full.
-        for name in ('data', 'root'):
-            folder = getattr(self, name)
-            if folder is not None and not (name == 'data' and folder in DATA_SETS):
-                setattr(self, name, str(Path(folder).expanduser().resolve()))
 
 
 @dataclass
@@ -1393,11 +1383,7 @@ def resolve(typed, before, path):
         if name in before and name not in free and before[name] != value:
             raise UserError(f'{flag(name)} {value}: {path} has {before[name]}')
     given = {'preset': 'small'} | before | typed
-    unknown = set(given) - {setting.name for setting in fields(TrainingOptions)}
-    if unknown:  # a changed copy of this file trained it
-        raise UserError(f'{path}: has settings that are unknown here: {", ".join(unknown)}')
-    preset = PRESETS[given['preset']]
-    return TrainingOptions(**(preset[given['stage']] | given))
+    return TrainingOptions(**(PRESETS[given['preset']][given['stage']] | given))
 
 
 def refuse_what_does_not_fit(settings):
@@ -1437,7 +1423,7 @@ class SamplingOptions(Options):
     num: int = option('how many images; in a row, where there are rows', low=1)
     gmm: int = option('Ex-PDE: z from a mixture of K Gaussians', low=1)
     png: bool = option('a folder of single images instead of a grid')
-    attribute: str = option('kind=circle, size>0.5, digit=3, Smiling; a folder has none')
+    attribute: str = option("circle, size, '3 - three', truck, Smiling; a folder has none")
     seeds: int = option('seeds, from --seed on', low=1, high=1000)
     picture: str = option('name of its pictures; no option of the command line')
 
@@ -1524,8 +1510,7 @@ def load_checkpoint(path):
         return None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        if not saved['settings'] or not saved['images']:
-            raise ValueError('it is empty')
+        TrainingOptions(**saved['settings'])
     except (OSError, MemoryError):
         raise  # the file may be good
     except Exception as error:  # torch raises nearly anything on a damaged file
@@ -1536,20 +1521,20 @@ def load_checkpoint(path):
 def load_training_images(settings, path):
     """The training images of a run, 16 held-out ones, and facts that tell them from others."""
     # A run in its folder of images would train on its own pictures.
-    if Path(settings.data) in path.resolve().parents:
+    if settings.data not in DATA_SETS and Path(settings.data).resolve() in path.resolve().parents:
         raise UserError(f'--out {path.parent}: is inside of --data {settings.data}')
 
     # All processes hold the images, but the first may have to download them: the others wait. If it
     # fails, torchrun ends them.
     if WORLD > 1:
-        dist.init_process_group(timeout=timedelta(days=1))
+        torch.distributed.init_process_group(timeout=timedelta(days=1))
     if RANK > 0:
-        dist.barrier()
+        torch.distributed.barrier()
     images = load_images(settings, train=True)
     channels = images.pixels.shape[1]
     held_out = load_images(settings, train=False, num=16, channels=channels)
     if RANK == 0 and WORLD > 1:
-        dist.barrier()
+        torch.distributed.barrier()
 
     # The first eight images tell a set from others. (A slice without `clone` would be saved with
     # all the memory that it is a part of.)
@@ -1563,9 +1548,8 @@ def same_images(facts, other_facts):
     # pixels may be off by a grey level, but not by one on average.
     first = facts['first'].float()
     other = other_facts['first'].float()
-    if facts['number'] != other_facts['number'] or first.shape != other.shape:
-        return False
-    return (first - other).abs().mean().item() < 1
+    alike = facts['number'] == other_facts['number'] and first.shape == other.shape
+    return alike and (first - other).abs().mean().item() < 1
 
 
 def training_inputs(model, images, settings, step, device):
@@ -1677,7 +1661,7 @@ def rows_to_look_at(trained, held_out):
     # Stage 1: what the VAE models of held-out images, above their drafts. Stage 2: drafts above new
     # images.
     if trained.settings.stage == 2:
-        return rows_of(*trained.generate(16))
+        return list(trained.generate(16).items())
     x = held_out.batch(slice(16))
     mu, _ = trained.encode(x)
     return [('y', trained.vae.signal(x)), ('draft', trained.decode(mu))]
@@ -1691,11 +1675,6 @@ def train(typed):
     path, settings, saved, first = find_run(typed, device)
     refuse_what_does_not_fit(settings)
     start = saved['step'] if saved else 0
-    progress = Progress()
-    if saved and settings.steps <= start:
-        how = 'a larger --steps extends it, with the learning rate of a run of so many steps'
-        progress.show(f'{path} is complete: {start} steps; {how}', end=True)
-        return
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # The images. A run goes on with those that it, or its stage 1, began with.
@@ -1705,8 +1684,9 @@ def train(typed):
         raise UserError(f'--data {settings.data}: not the images that {path.parent} began with')
     if settings.steps is None:
         settings.steps = math.ceil(settings.epochs * facts['number'] / settings.batch)
-    progress.show(f'--data {settings.data}: {facts["number"]} images', end=True)
-    progress.show(f'{path}: steps {start} to {settings.steps} on {device}', end=True)
+    progress = Progress()
+    of = f'of {facts["number"]} images of --data {settings.data}'
+    progress.show(f'{path}: steps {start} to {settings.steps} on {device}, {of}', end=True)
 
     # The model, and its averaged copy, which is what samples are drawn with.
     model = new_model(settings, first, images, device)
@@ -1714,8 +1694,7 @@ def train(typed):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pairs = zip(averaged.parameters(), model.parameters())
     averages = [average for average, parameter in pairs if parameter.requires_grad]
-    fused = device.type in ('cpu', 'cuda')  # one pass over all weights; not everywhere to be had
-    optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=fused)
+    optimizer = torch.optim.Adam(parameters, lr=settings.lr, fused=device.type in ('cpu', 'cuda'))
     if saved:
         model.load_state_dict(saved['model'])
         averaged.load_state_dict(saved['ema'])
@@ -1788,7 +1767,8 @@ def train(typed):
             write_grid(path.with_suffix('.png'), rows_to_look_at(trained, held_out))
             saved_at = time.monotonic()
 
-    progress.show(f'{path} is complete; look at {path.with_suffix(".png")}', end=True)
+    how = 'a larger --steps extends it, with the learning rate of a run of so many steps'
+    progress.show(f'complete; look at {path.with_suffix(".png")}; {how}', end=True)
 
 
 # ==== 8. SAMPLING =================================================================================
@@ -1858,7 +1838,7 @@ class Trained:
         return self.noise(1, make_generator(seed, key))
 
     def paint(self, options, z, noise, draft=None, passed=None):
-        """Draft and refine codes z [n, z_dim]: (drafts, images), or (None, images) of the baseline.
+        """Draft and refine codes z [n, z_dim]: images by name, 'draft' and 'refined'.
 
         options: a `SamplingOptions`; noise: a function as from `noise`, of 1 or at least n images;
         draft: in place of the decoder's; passed: as for `Diffusion.sample`.
@@ -1874,11 +1854,11 @@ class Trained:
         how |= dict(guidance=options.guidance, passed=passed)
         draft = None if draft is None else draft.to(self.device)
         x_T = draw_noise().expand(len(z), -1, -1, -1)
-        draft, x = self.model.generate(z.to(self.device), x_T, draw_noise, draft, **how)
-        return None if draft is None else draft.cpu(), x.cpu()
+        images = self.model.generate(z.to(self.device), x_T, draw_noise, draft, **how)
+        return {name: batch.cpu() for name, batch in images.items()}
 
     def new_chunk(self, options, first):
-        """(drafts, images) of the chunk of codes from the prior that begins with number `first`."""
+        """Images by name of the chunk of codes from the prior that begins with number `first`."""
         generator = make_generator(options.seed, 'chunk', first // self.chunk)
         z = torch.randn(self.chunk, self.model.z_dim, generator=generator)
         if options.gmm is not None:  # z = m_k + L_k eps for a random k, with L_k L_k^T = S_k
@@ -1888,14 +1868,12 @@ class Trained:
         return self.paint(options, z[: options.num - first], self.noise(self.chunk, generator))
 
     def new_images(self, options):
-        """(drafts, images) of options.num codes from the prior."""
-        parts = [self.new_chunk(options, first) for first in range(0, options.num, self.chunk)]
-        drafts, refined = zip(*parts)
-        drafts = None if drafts[0] is None else torch.cat(drafts)
-        return drafts, torch.cat(refined)
+        """Images by name of options.num codes from the prior."""
+        chunks = [self.new_chunk(options, first) for first in range(0, options.num, self.chunk)]
+        return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def generate(self, num=8, z=None, draft=None, **chosen):
-        """For notebooks: (drafts, images) of num new codes, of codes z, or of drafts, by stage 2.
+        """For notebooks: {'draft', 'refined'} of num new codes, of codes z, or of drafts.
 
         z: [n, z_dim]; all share one noise. draft: [n, C, H, W], to be refined in place of the
         decoder's; without z, with the codes that the encoder finds in it. chosen: options of the
@@ -1915,11 +1893,6 @@ class Trained:
         print(path)
 
 
-def rows_of(drafts, refined):
-    """Rows of a picture: drafts, if there are any, above refined images."""
-    return [('refined', refined)] if drafts is None else [('draft', drafts), ('refined', refined)]
-
-
 def load(out='runs/shapes', form='1', device=None, data=None, root=None):
     """The `Trained` form in the folder of a run; form None is stage 1 alone. UserError for none.
 
@@ -1928,8 +1901,7 @@ def load(out='runs/shapes', form='1', device=None, data=None, root=None):
     path = checkpoint_path(out, form)
     saved = load_checkpoint(path)
     if saved is None:
-        how = '--stage 1' if form is None else f'--stage 2 --form {form}'
-        raise UserError(f'no {path}: first train {how}, or give its --out')
+        raise UserError(f'no {path}: first train --stage {2 if form else 1}, or give its --out')
     settings = resolve({}, saved['settings'], path)
     settings = replace(settings, data=data or settings.data, root=root or settings.root)
 
@@ -1967,9 +1939,8 @@ def sample(options):
         return
 
     # Sixteen in a row, each draft above what was made of it.
-    long = rows_of(*trained.new_images(options))
-    starts = range(0, options.num, 16)
-    rows = [(label, images[i : i + 16]) for i in starts for label, images in long]
+    images = trained.new_images(options)
+    rows = [(name, images[name][i : i + 16]) for i in range(0, options.num, 16) for name in images]
     trained.write_picture(options.picture, rows)
 
 
@@ -1987,10 +1958,10 @@ def write_pngs(trained, options):
     for first in range(RANK * trained.chunk, options.num, WORLD * trained.chunk):
         numbers = range(first, min(first + trained.chunk, options.num))
         if not all((folder / 'refined' / f'{i:06}.png').exists() for i in numbers):
-            for label, batch in rows_of(*trained.new_chunk(options, first)):
-                for i, pixels in zip(numbers, to_uint8(batch)):
+            for name, images in trained.new_chunk(options, first).items():
+                for i, pixels in zip(numbers, to_uint8(images)):
                     save = partial(to_pil_image(pixels).save, format='png')
-                    write_atomically(folder / label / f'{i:06}.png', save)
+                    write_atomically(folder / name / f'{i:06}.png', save)
         progress.show(f'{numbers.stop}/{options.num} images in {folder}')
     progress.show(f'{options.num} images are in {folder}', end=True)
 
@@ -2035,7 +2006,7 @@ def reconstruct(options):
     rows = [('image', x)]
     if trained.vae.signal is not SIGNALS['image']:
         rows.append(('y', trained.vae.signal(x)))  # what the VAE models of it
-    rows += rows_of(*trained.paint(options, mu, trained.shared_noise(options.seed)))
+    rows += trained.paint(options, mu, trained.shared_noise(options.seed)).items()
     trained.write_picture(options.picture, rows)
 
 
@@ -2069,11 +2040,11 @@ def chain(options):
     for run in load_all(options):
         passed = []
         own = options if run.model.vae is not None else replace(options, guidance=0.0)
-        _, refined = run.paint(own, mu, run.shared_noise(options.seed), passed=passed)
+        images = run.paint(own, mu, run.shared_noise(options.seed), passed=passed)
         passed.reverse()
         for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
-            images = torch.cat([passed[k][i] for k in picked]).cpu()
-            rows.append((label, torch.cat([refined, (images + 1) / 2])))
+            states = torch.cat([passed[k][i] for k in picked]).cpu()
+            rows.append((label, torch.cat([images['refined'], (states + 1) / 2])))
     trained.write_picture(options.picture, rows, columns)
 
 
@@ -2084,7 +2055,7 @@ def interpolate(options):
 
     # Between two codes, with the same noise for all.
     z = torch.stack([slerp(mu[0], mu[1], w) for w in weights])
-    rows = rows_of(*trained.paint(options, z, trained.shared_noise(options.seed)))
+    rows = list(trained.paint(options, z, trained.shared_noise(options.seed)).items())
 
     # Between two noises, with the first code: those of every step, since an ancestral chain adds
     # noise in each and forgets x_T.
@@ -2095,41 +2066,24 @@ def interpolate(options):
         ends = one(), other()
         return torch.cat([slerp(*ends, w) for w in weights])
 
-    z = mu[:1].expand(len(weights), -1)
-    _, refined = trained.paint(options, z, between)
-    rows.append(('new noise', refined))
+    images = trained.paint(options, mu[:1].expand(len(weights), -1), between)
+    rows.append(('new noise', images['refined']))
     trained.write_picture(options.picture, rows, [f'{w:.2f}' for w in weights])
-
-
-def has_attribute(labels, text):
-    """Which images have an attribute such as kind=circle, digit=3, size>0.5, x<0.5, Smiling: bool.
-
-    UserError if the labels have no such attribute, or if it is true of all images or of none.
-    """
-    # A name, a relation and a value; a name alone means that the label is 1.
-    name, relation, value = re.fullmatch(r'([^=<>]*)([=<>]?)(.*)', text, re.DOTALL).groups()
-    try:
-        label = labels[name]
-        number = KINDS.index(value) if name == 'kind' and value in KINDS else float(value or 1)
-    except (KeyError, ValueError) as error:
-        known = f'there are {", ".join(labels) or "no labels"}; kinds are {", ".join(KINDS)}'
-        raise UserError(f'--attribute {text}: {known}, other values are numbers') from error
-    has = {'>': label > number, '<': label < number}.get(relation, label == number)
-    if has.all() or not has.any():
-        raise UserError(f'--attribute {text}: is true of {has.sum()} of {len(has)} images')
-    return has
 
 
 def edit(options):
     """The command `edit`: move codes along the direction of an attribute."""
     # If z is a good description, an attribute is a direction in it: the same step makes any shape
-    # wider, and leaves the rest. No label was used in training.
+    # wider, and leaves the rest. No attribute was used in training.
     trained, _, mu = load_for_pictures(options, n=3)
 
     # The direction: from the mean code of the images without the attribute to that of those with.
     # A few thousand tell it well enough.
     images = trained.images(train=True, num=5000)
-    has = has_attribute(images.labels, options.attribute)
+    has = images.attributes.get(options.attribute)
+    if has is None or has.all() or not has.any():
+        known = ', '.join(images.attributes) or 'no attributes'
+        raise UserError(f'--attribute {options.attribute}: must tell images apart, of {known}')
     codes, _ = trained.encode_all(images)
     direction = codes[has].mean(dim=0) - codes[~has].mean(dim=0)
 
@@ -2137,7 +2091,7 @@ def edit(options):
     rows = []
     for code in mu:
         z = code + strengths[:, None] * direction
-        rows += rows_of(*trained.paint(options, z, trained.shared_noise(options.seed)))
+        rows += trained.paint(options, z, trained.shared_noise(options.seed)).items()
     trained.write_picture(options.picture, rows, [f'{strength:+.1f}' for strength in strengths])
 
 
@@ -2161,8 +2115,8 @@ def robust(options):
     rows = []
     z = mu.expand(len(s), -1)
     for label, damaged in (('noise', noisy), ('blur', blurred), ('blocks', missing)):
-        _, refined = trained.paint(options, z, trained.shared_noise(options.seed), damaged)
-        rows += [(label, damaged), ('refined', refined)]
+        images = trained.paint(options, z, trained.shared_noise(options.seed), damaged)
+        rows += [(label, damaged), ('refined', images['refined'])]
     trained.write_picture(options.picture, rows, [f'{strength:.2f}' for strength in strengths])
 
 
@@ -2184,16 +2138,13 @@ def laplacian_pyramid(x):
 def sliced_wasserstein(images, real, patches=64, directions=128):
     """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
 
-    patches: of each image; directions: on which they are projected. Returns [levels]; ValueError
-    for sets of different shapes. Source: Karras et al., 2018. It needs no pretrained network; it is
-    not FID, nor comparable.
+    patches: of each image; directions: on which they are projected. Returns [levels]. Source:
+    Karras et al., 2018. It needs no pretrained network; it is not FID, nor comparable.
     """
     # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
     # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
     # directions. Both sets are normalised by the real one's mean and deviation: normalised by
     # their own, drifting colours and weak contrast would not show.
-    if images.shape != real.shape:
-        raise ValueError(f'sets of different shapes: {images.shape} and {real.shape}')
     generator = make_generator('sliced Wasserstein')
     distances = []
     for of_images, of_real in zip(laplacian_pyramid(images), laplacian_pyramid(real)):
@@ -2271,13 +2222,11 @@ def mixture_of_codes(trained, K):
     N(0, I), so some z ~ N(0, I) fall where the decoder was never trained. Codes from a mixture
     fitted to z ~ q(z|x_0) do so less often.
     """
-    # It takes a while, so it is kept beside the checkpoint, with the codes of the first images: if
-    # they have changed, the VAE is another.
+    # It takes a while, so it is kept beside the checkpoint, with weights of the VAE that it is for.
     path = trained.path.with_name(f'gmm{K}.pt')
-    first_codes, _ = trained.encode(trained.facts['first'] / 255)
+    of_vae = trained.vae.mu.weight.cpu()
     saved = load_checkpoint(path)
-    comparable = saved is not None and saved['first_codes'].shape == first_codes.shape
-    if comparable and torch.allclose(saved['first_codes'], first_codes, 1e-3, 1e-3):
+    if saved is not None and torch.equal(saved['of_vae'], of_vae):
         return saved['mixture']
 
     # A covariance has z_dim eigenvalues: each covariance needs several times as many codes.
@@ -2294,7 +2243,7 @@ def mixture_of_codes(trained, K):
     factors = torch.linalg.cholesky(covariances)
     mixture = [tensor.float().cpu() for tensor in (weights, means, factors)]
     content = dict(settings=asdict(trained.settings), images=trained.facts)
-    content |= dict(first_codes=first_codes, mixture=mixture)
+    content |= dict(of_vae=of_vae, mixture=mixture)
     if RANK == 0:
         write_atomically(path, partial(torch.save, content))
     return mixture
@@ -2309,9 +2258,6 @@ def evaluate(options):
     held_out = runs[0].images(train=False, num=options.num)
     training = runs[0].images(train=True, num=options.num * options.seeds)
     num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
-    if num < 2:
-        asked = f'--num {options.num} --seeds {options.seeds}'
-        raise UserError(f'{asked}: {num} images for each seed are too few')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 
@@ -2336,10 +2282,11 @@ def evaluate(options):
             own = replace(options, num=num, steps=steps)
             if form == 'uncond':  # it has no codes, and no draft to be guided by
                 own = replace(own, gmm=None, guidance=0.0)
-            drafts, refined = zip(*[run.new_images(replace(own, seed=seed)) for seed in seeds])
+            sets = [run.new_images(replace(own, seed=seed)) for seed in seeds]
             if form != 'uncond' and steps == options.steps[0]:
-                report(f'{form} drafts', drafts)
-            report(f'{form} {options.sampler} {options.spacing}, {steps} steps', refined)
+                report(f'{form} drafts', [images['draft'] for images in sets])
+            name = f'{form} {options.sampler} {options.spacing}, {steps} steps'
+            report(name, [images['refined'] for images in sets])
 
 
 # ==== PART 4: THE COMMAND LINE ====================================================================
@@ -2440,8 +2387,8 @@ def main(argv=None):
         complain(f'error: {error}{"; train --parts 2, or more, needs less" if is_full else ""}')
         return 2
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -52,7 +52,7 @@ GRADED = Path(os.environ.get('DIFFUSEVAE', HERE / 'diffusevae.py')).resolve()
 
 torch.set_num_threads(2)
 T = 1000
-CODE_LINES = 1265
+CODE_LINES = 1219
 BETA = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
 ALPHA_BAR = torch.cumprod(1 - BETA, 0)
 
@@ -1499,7 +1499,7 @@ def test_formulation_2_sampled_as_in_the_paper_agrees_with_ours():
 
     rest = iter(noises)
     how = dict(steps=20, sampler='ddpm', spacing='uniform')
-    draft, refined = model.generate(z, start, lambda: next(rest), **how)
+    draft, refined = model.generate(z, start, lambda: next(rest), **how).values()
     assert torch.allclose(draft, (x_hat + 1) / 2)
     assert torch.allclose(refined, (x + 1) / 2, atol=1e-5)
 
@@ -1726,8 +1726,9 @@ def test_no_tensor_on_the_wrong_device(form, z_dim):
     z = torch.randn(2, model.z_dim, device='meta')
     x_T = torch.randn(2, 1, 8, 8, device='meta')
     for sampler in dv.SAMPLERS:
-        _, refined = model.generate(z, x_T, lambda: torch.randn_like(x_T), steps=2, sampler=sampler)
-        assert refined.device.type == 'meta' and refined.shape == x_T.shape
+        how = dict(steps=2, sampler=sampler, spacing='uniform')
+        images = model.generate(z, x_T, lambda: torch.randn_like(x_T), **how)
+        assert images['refined'].device.type == 'meta' and images['refined'].shape == x_T.shape
 
 
 # ---- 4. The two-stage model ----------------------------------------------------------------------
@@ -1779,7 +1780,7 @@ def test_guidance_and_its_null_condition_by_hand(form):
     alpha_bar = ALPHA_BAR[-1].item()
     x_0 = ((x_T - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5).clamp(-1, 1)
     how = dict(guidance=w, steps=1, sampler='ddim', spacing='uniform')
-    _, refined = model.generate(z, x_T, lambda: 0, **how)
+    refined = model.generate(z, x_T, lambda: 0, **how)['refined']
     assert torch.allclose(refined, (x_0 + 1) / 2, atol=1e-4)
 
 
@@ -1826,11 +1827,11 @@ def test_shapes_repeat_and_their_factors_describe_them():
     held_out = load_images('shapes', train=False).pixels[:100]
     assert not any(image.numpy().tobytes() in known for image in held_out)
     few = load_images('shapes', num=5)
-    assert torch.equal(few.pixels, train.pixels[:5]) and len(few.labels['hue']) == 5
+    assert torch.equal(few.pixels, train.pixels[:5]) and len(few.attributes['hue']) == 5
 
 
 def test_digits_are_padded_to_32_and_in_random_order(tmp_path, monkeypatch):
-    """28x28 images get a black margin, red, green and blue stay what they are; labels follow; the
+    """28x28 images get a black margin, red, green and blue stay what they are; classes follow; the
     first few are no file's first few."""
 
     def of_torchvision(root, train, download):
@@ -1839,23 +1840,22 @@ def test_digits_are_padded_to_32_and_in_random_order(tmp_path, monkeypatch):
         pixels = torch.arange(40, dtype=torch.uint8)
         if data != 'cifar10':
             pixels = pixels[:, None, None].expand(-1, 28, 28)
-            return types.SimpleNamespace(data=pixels, targets=torch.arange(40) % 10)
+            targets = torch.arange(40) % 10
+            return types.SimpleNamespace(data=pixels, targets=targets, classes='0123456789')
         red = pixels[:, None, None, None] * torch.tensor([1, 0, 0], dtype=torch.uint8)
         red = red.repeat(1, 32, 32, 1).numpy()
         red[:, 0] = 0  # the top row is black: height is not width
-        return types.SimpleNamespace(data=red, targets=[i % 10 for i in range(40)])
+        targets = [i % 10 for i in range(40)]
+        return types.SimpleNamespace(data=red, targets=targets, classes='0123456789')
 
-    for data, name, label, margin in (
-        ('mnist', 'MNIST', 'digit', 2),
-        ('fashion', 'FashionMNIST', 'class', 2),
-        ('cifar10', 'CIFAR10', 'class', 0),
-    ):
+    sets = ('mnist', 'MNIST', 2), ('fashion', 'FashionMNIST', 2), ('cifar10', 'CIFAR10', 0)
+    for data, name, margin in sets:
         monkeypatch.setattr(dv.datasets, name, of_torchvision)
         images = load_images(data, tmp_path)
         assert images.pixels.shape == (40, 3 if data == 'cifar10' else 1, 32, 32)
         numbers = images.pixels[:, 0, 16, 16]
         assert sorted(numbers.tolist()) == list(range(40)) != numbers.tolist()
-        assert torch.equal(images.labels[label], numbers % 10)
+        assert torch.equal(images.attributes['3'], numbers % 10 == 3)
         inner = torch.zeros(32, 32)
         inner[max(1, margin) : 32 - margin, margin : 32 - margin] = 1
         x = images.batch(slice(None))
@@ -2006,7 +2006,7 @@ def test_grey_pictures_have_one_channel_and_fit_a_model_of_three(tmp_path):
     picture(tmp_path / 'red.png')
     assert load_images(tmp_path).pixels.shape[1] == 3
     grey = load_images(tmp_path, channels=1)
-    assert grey.pixels.shape[1] == 1 and 85 in grey.pixels[:, 0, 0, 0].tolist()
+    assert grey.pixels.shape[1] == 1 and 255 in grey.pixels[:, 0, 0, 0].tolist()
 
 
 def test_a_file_gets_its_name_when_it_is_whole(tmp_path, monkeypatch):
@@ -2040,7 +2040,7 @@ def test_progress_is_one_line(monkeypatch, capsys, terminal):
     clock = types.SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
     monkeypatch.setattr(dv, 'time', clock)
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: terminal)
-    monkeypatch.setenv('COLUMNS', '40')
+    monkeypatch.setattr(os, 'get_terminal_size', lambda: os.terminal_size((40, 20)))
     progress = dv.Progress()
     for second in range(1, 25):
         clock.now = second
@@ -2073,10 +2073,8 @@ def test_preset_settings():
     ):
         data = {'data': 'letters'} if preset == 'small' else {}
         found = dataclasses.asdict(config(stage, preset=preset, **data))
-        found['data'] = Path(found['data']).name
         assert {name: found[name] for name in expected} == expected
     assert config(2, preset='cifar10', channels=160, blocks=3).channels == 160
-    assert config(1, data='mnist', root='mnist').root == str(Path('mnist').absolute())
 
 
 def test_epochs_make_the_steps_of_the_images_there_are(tmp_path, monkeypatch, capsys):
@@ -2292,15 +2290,16 @@ def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path, capsy
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14, '--dropout', 0.5) == 2
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14) == 0
     assert run('sample', '--out', tmp_path, '--steps', 1, '--num', 1) == 0
+
+    # One that is unknown here: it is of another program.
     saved['settings']['later'] = 1
     torch.save(saved, tmp_path / 'stage2-form1.pt')
-    assert (
-        run('sample', '--out', tmp_path) == 2 and 'unknown here: later' in capsys.readouterr().err
-    )
+    assert run('sample', '--out', tmp_path) == 2
+    assert 'stage2-form1.pt: no checkpoint of this program' in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_its_own_pictures_only(tmp_path, capsys, monkeypatch):
-    """Its folder may move, and is found from everywhere; other pictures are refused."""
+    """Its folder may move; other pictures are refused."""
     for name, first in (('a', 0), ('b', 5)):
         for i in range(30):
             picture(tmp_path / name / f'{i}.png', colour=(8 * i, first, 0))
@@ -2308,9 +2307,6 @@ def test_a_run_goes_on_with_its_own_pictures_only(tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     command = ['train', '--stage', 1, *FEW, *out, '--steps']
     assert run(*command, 1, '--data', 'a') == 0
-    (tmp_path / 'elsewhere').mkdir()
-    monkeypatch.chdir(tmp_path / 'elsewhere')
-    assert run(*command, 2) == 0
     shutil.move(tmp_path / 'a', tmp_path / 'moved')
     capsys.readouterr()
     assert run(*command, 3) == 2 and 'nor a folder' in capsys.readouterr().err
@@ -2382,13 +2378,14 @@ def test_samples_do_not_depend_on_their_number(trained):
     model = dv.load(trained)
     few = model.generate(3, steps=2)
     many = model.generate(66, steps=2)
-    assert all(torch.allclose(a, b[:3], atol=1e-5) for a, b in zip(few, many))
-    assert len(many[0]) == 66 and not torch.allclose(many[0][64:], many[0][:2])
+    assert all(torch.allclose(few[name], many[name][:3], atol=1e-5) for name in many)
+    assert len(many['draft']) == 66
+    assert not torch.allclose(many['draft'][64:], many['draft'][:2])
     for size, chunk in ((32, 64), (64, 64), (128, 16), (256, 4), (1024, 1)):
         assert dv.replace(model, settings=dv.replace(model.settings, size=size)).chunk == chunk
     options = dv.SamplingOptions(**dv.SAMPLING | dict(num=66, steps=2, gmm=None))
     rest = model.new_chunk(options, 64)
-    assert all(torch.allclose(a, b[64:], atol=1e-5) for a, b in zip(rest, many))
+    assert all(torch.allclose(rest[name], many[name][64:], atol=1e-5) for name in many)
 
 
 def test_a_trained_model_in_a_notebook(trained, tmp_path):
@@ -2396,18 +2393,19 @@ def test_a_trained_model_in_a_notebook(trained, tmp_path):
     model = dv.load(trained, form='2')
     x = model.images(train=False).batch(slice(66))
     z, _ = model.encode(x)
-    drafts, refined = model.generate(z=z, steps=2)
+    drafts, refined = model.generate(z=z, steps=2).values()
     assert torch.allclose(drafts, model.decode(z), atol=1e-6) and len(refined) == 66
-    same = model.generate(z=z[:1].expand(2, -1), steps=2, sampler='ddpm-large')[1]
+    same = model.generate(z=z[:1].expand(2, -1), steps=2, sampler='ddpm-large')['refined']
     assert torch.allclose(same[0], same[1], atol=1e-5)  # the noise is shared
-    again, of_drafts = model.generate(draft=drafts[:3], steps=2)
+    again, of_drafts = model.generate(draft=drafts[:3], steps=2).values()
     assert torch.equal(again, drafts[:3]) and torch.allclose(of_drafts, refined[:3], atol=1e-4)
-    assert not torch.equal(model.generate(2, steps=2, seed=1)[1], model.generate(2, steps=2)[1])
+    other = model.generate(2, steps=2, seed=1)
+    assert not torch.equal(other['refined'], model.generate(2, steps=2)['refined'])
 
     vae = dv.load(shutil.copytree(trained, tmp_path / 'moved'), form=None)  # stage 1 alone
     assert torch.allclose(vae.decode(vae.encode(x[:3])[0]), drafts[:3], atol=1e-6)
     baseline = dv.load(trained, form='uncond')
-    assert baseline.generate(2, steps=1)[0] is None
+    assert list(baseline.generate(2, steps=1)) == ['refined']
     for wrong, named in (
         (lambda: baseline.encode(x), 'no codes'),
         (lambda: model.generate(2, guidance=1.0), '--cond-drop'),
@@ -2425,7 +2423,7 @@ def test_sample_draws_the_averaged_weights_drafts_above_refined_images(trained):
     model = dv.load(trained, form='2')
     saved = torch.load(trained / 'stage2-form2.pt', weights_only=True)
     model.model.load_state_dict(saved['ema'])
-    drafts, refined = model.generate(20, steps=2)
+    drafts, refined = model.generate(20, steps=2).values()
     for row, images, i in ((0, drafts, 5), (1, refined, 5), (2, drafts, 18), (3, refined, 18)):
         y = 16 + 2 * 33 * row
         x = 64 + 2 * 33 * (i % 16)
@@ -2486,7 +2484,8 @@ def test_interpolation_starts_and_ends_at_the_reconstructions(trained, shown):
     middle = model.decode(Own.slerp(mu[0], mu[1], 0.5)[None])
     assert near(drafts[2:3], middle) and not near(draft[:1], middle)
     noise = partial(torch.randn, 1, 3, 32, 32, generator=dv.make_generator(0, 'other noise'))
-    _, last = model.paint(dv.SamplingOptions(**dv.SAMPLING | dict(steps=2)), mu[:1], noise)
+    options = dv.SamplingOptions(**dv.SAMPLING | dict(steps=2))
+    last = model.paint(options, mu[:1], noise)['refined']
     assert near(other[[0, 4]], torch.cat([between[:1], last])) and not near(other[:1], last)
 
 
@@ -2523,14 +2522,14 @@ def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, 
         assert torch.equal(x_0_pred[0], x_t[0])
 
 
-def test_edit_moves_along_the_difference_of_mean_codes(trained, shown):
+def test_edit_moves_along_the_difference_of_mean_codes(trained, shown, capsys):
     """Codes move from -2 to 2 times the mean of circles minus that of all others."""
-    command = ['edit', '--out', trained, '--steps', 1, '--num', 5, '--attribute', 'kind=circle']
+    command = ['edit', '--out', trained, '--steps', 1, '--num', 5, '--attribute', 'circle']
     assert run(*command) == 0
     model = dv.load(trained)
     images = load_images('shapes')
     mu, _ = model.encode(images.batch(slice(None)))
-    circle = images.labels['kind'] == 1
+    circle = images.attributes['circle']
     direction = mu[circle].mean(0) - mu[~circle].mean(0)
     codes, _ = model.encode(load_images('shapes', train=False).batch([0, 1, 2]))
     labels, rows, columns = shown['edit']
@@ -2540,26 +2539,11 @@ def test_edit_moves_along_the_difference_of_mean_codes(trained, shown):
         assert torch.allclose(drafts, model.decode(z), atol=1e-5)
         assert not torch.allclose(drafts[0], drafts[4], atol=1e-4)
 
-
-def test_attributes():
-    """An attribute is a label's kind, a comparison with a number, or a name alone for 1."""
-    kind = torch.tensor([0, 1, 2, 0])
-    size = torch.tensor([0.1, 0.6, 0.7, 0.5])
-    smiling = torch.tensor([0, 1, 1, 0])
-    labels = {'kind': kind, 'size': size, 'Smiling': smiling}
-    for text, expected in (
-        ('kind=circle', kind == 1),
-        ('kind>0', kind > 0),
-        ('size>0.5', size > 0.5),
-        ('size<0.5', size < 0.5),
-        ('Smiling', smiling == 1),
-    ):
-        assert torch.equal(dv.has_attribute(labels, text), expected)
-    with pytest.raises(dv.UserError, match='no labels'):
-        dv.has_attribute({}, 'kind=tall')
-    for unclear in ('colour', 'size>big', 'kind=wide\n', 'size>=0.5', 'Smiling=wide', 'size>2'):
-        with pytest.raises(dv.UserError, match=unclear):
-            dv.has_attribute(labels, unclear)
+    # An attribute is a kind, or the upper half of a factor; there is no other.
+    _, factors = dv.draw_shapes(20_000, dv.make_generator('shapes', True))
+    assert torch.equal(circle, factors['kind'] == 1)
+    assert torch.equal(images.attributes['x'], factors['x'] > 0.5)
+    assert run(*command[:-1], 'square') == 2 and 'square: ' in capsys.readouterr().err
 
 
 def test_robust_damages_more_and_more(trained, monkeypatch, shown):
@@ -2599,8 +2583,6 @@ def test_distance_of_known_gaussians():
         assert dv.sliced_wasserstein(s * again, real)[0] == pytest.approx(expected, rel=0.08)
     assert dv.sliced_wasserstein(again, real)[0] < 60
     assert dv.sliced_wasserstein(real, real).tolist() == [0]
-    with pytest.raises(ValueError, match='different shapes'):
-        dv.sliced_wasserstein(again[:3], real)
 
     green = load_images('shapes').batch(slice(100)) * tensor(0, 1, 0).view(3, 1, 1).float()
     halves = dv.sliced_wasserstein(green[:50], green[50:]).mean()
@@ -2680,13 +2662,14 @@ def test_ex_pde_draws_codes_from_a_mixture_fitted_to_the_training_images(
     assert len(fits) == 2
 
     saved = torch.load(trained / 'gmm2.pt', weights_only=True)
-    saved['first_codes'] = saved['first_codes'][:, :3]  # of a smaller z
+    saved['of_vae'] = saved['of_vae'][:3]  # of a smaller z
     torch.save(saved, trained / 'gmm2.pt')
     dv.mixture_of_codes.cache_clear()
     kept.new_chunk(options, 0)
     assert len(fits) == 3
 
     # As --data may name another folder: a mixture of its images is refused.
+    (trained / 'gmm2.pt').unlink()
     other = dv.replace(kept, facts=kept.facts | {'first': 255 - kept.facts['first']})
     with pytest.raises(dv.UserError, match='not the images of'):
         other.new_chunk(options, 0)
@@ -2868,8 +2851,7 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     path = copied / 'stage2-form1.pt'
     good = path.read_bytes()
     evil = pickle.dumps(partial(Path.touch, tmp_path / 'evil'), protocol=2)
-    torch.save({'settings': {}, 'images': {}}, path)
-    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], evil, path.read_bytes()):
+    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], evil):
         path.write_bytes(damaged)
         fails('stage2-form1.pt', 'sample', '--out', copied)
         fails('stage2-form1.pt', 'train', '--stage', 2, '--out', copied)
@@ -2920,8 +2902,8 @@ def test_commands_as_processes(tmp_path, monkeypatch):
     # (One after the other: side by side processes take four times as long.)
     assert run(*stage1, '--out', 'whole') == 0 and run(*stage2, '--out', 'whole') == 0
     killed = start(*stage1, '--save-every', 0)
-    lines = [killed.stdout.readline() for _ in range(3)]
-    assert 'squared_error' in lines[2] and 'min left' in lines[2] and '\r' not in lines[2]
+    lines = [killed.stdout.readline() for _ in range(2)]
+    assert 'squared_error' in lines[1] and 'min left' in lines[1] and '\r' not in lines[1]
     path = tmp_path / 'runs/é/stage1.pt'
     while not path.exists():
         assert killed.poll() is None
@@ -3192,7 +3174,9 @@ def bench_speed(device_name):
             return loss.detach()
 
         def sampling(model=model, inputs=inputs):
-            return model.eval().generate(inputs['eps_z'], inputs['eps'], lambda: 0, steps=1)[1]
+            model.eval()
+            how = dict(steps=1, sampler='ddim', spacing='uniform')
+            return model.generate(inputs['eps_z'], inputs['eps'], lambda: 0, **how)['refined']
 
         _, peak = measure(partial(torch.matmul, square, square))
         for work in (training, sampling):
