@@ -92,9 +92,6 @@ def exercise(name, points):
     return register
 
 
-# ---- The tests' own formulas ---------------------------------------------------------------------
-
-
 class Own:
     """The tests' own formulas, written differently from diffusevae.py: a name for them, no more."""
 
@@ -270,9 +267,6 @@ def time_limit(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-# ---- The graded file -----------------------------------------------------------------------------
-
-
 def load_module(path, name='diffusevae'):
     """The module in a file, wherever it is and whatever it is called."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -393,9 +387,8 @@ def pytest_terminal_summary(terminalreporter):
                 why += f' This looks like: {mistake}.'
         elif not points:
             why = '  not all of its tests were run'
-        terminalreporter.write_line(
-            f'exercise {cls.number:2} {name:16} {points} of {cls.points}{why}'
-        )
+        line = f'exercise {cls.number:2} {name:16} {points} of {cls.points}{why}'
+        terminalreporter.write_line(line)
 
     possible = sum(cls.points for cls in EXERCISES.values())
     terminalreporter.write_line(f'{GRADED.name}: {earned} of {possible} points')
@@ -500,9 +493,6 @@ class TestNegativeELBO:
         assert torch.allclose(x_hat.grad, 2 * (x_hat.detach() - x) / 5)
         assert torch.allclose(mu.grad, 0.3 * mu.detach() / 5)
         assert torch.allclose(logvar.grad, 0.3 * (logvar.detach().exp() - 1) / 2 / 5)
-
-
-# ---- Diffusion -----------------------------------------------------------------------------------
 
 
 @exercise('linear_schedule', points=1)
@@ -724,9 +714,6 @@ class TestDDPMLoss:
         assert torch.allclose(w.grad, 2 * (w.detach() - self.eps.mean()))
 
 
-# ---- U-Net and two-stage model -------------------------------------------------------------------
-
-
 @exercise('time_embedding', points=1)
 class TestTimeEmbedding:
     def test_by_hand(self):
@@ -758,17 +745,11 @@ class TestNetworkInput:
 
     def test_formulation_2(self):
         """Formulation 2: what its own forward process makes, with mean sqrt(alpha_bar_t) x_0
-        + x_hat, then the draft; x_t and the draft themselves stay as they are."""
+        + x_hat, then the draft."""
         x_0, eps = randn(2, 2, 3, 4, 4, seed=1)
-        x_t = 0.6 * x_0 + 0.8 * eps
-        before = x_t.clone(), self.x_hat.clone()
-        shown = dv.network_input(x_t, self.x_hat, '2')
-        assert torch.equal(x_t, before[0]) and torch.equal(self.x_hat, before[1])
+        shown = dv.network_input(0.6 * x_0 + 0.8 * eps, self.x_hat, '2')
         assert torch.allclose(shown[:, :3], 0.6 * x_0 + self.x_hat + 0.8 * eps)
         assert torch.equal(shown[:, 3:], self.x_hat)
-
-
-# ---- Training and experiments --------------------------------------------------------------------
 
 
 @exercise('ema_update', points=1)
@@ -786,7 +767,7 @@ class TestEMAUpdate:
             assert abs(average[0].item() - value) < 1e-5
 
     def test_in_place(self):
-        """All averages change in place, without a gradient; the parameters stay as they are."""
+        """All averages change in place, without a gradient."""
         averages = [torch.zeros(2, 3), torch.zeros(4)]
         parameters = [torch.ones(2, 3, requires_grad=True), torch.ones(4, requires_grad=True)]
         views = [average[:] for average in averages]
@@ -794,7 +775,6 @@ class TestEMAUpdate:
         assert all(map(torch.equal, averages, views))
         assert all(torch.allclose(average, torch.tensor(1 - 11 / 20)) for average in averages)
         assert not any(average.requires_grad for average in averages)
-        assert all(torch.equal(p, torch.ones_like(p)) for p in parameters)
 
 
 @exercise('slerp', points=3)
@@ -938,7 +918,6 @@ WRONG = {
         ),
         ('product of beta for 1 - beta', '1 - (beta_1', '(beta_1'),
         ('float32 for float64', '64', '32'),
-        ('alpha_bar squared in the recursion', 'product *= 1 - (', 'product -= product**2 * ('),
     ],
     'q_sample': [
         ('variance for standard deviation', '(1 - alpha_bar) ** 0.5', '(1 - alpha_bar)'),
@@ -982,7 +961,6 @@ WRONG = {
         ('the noise is missing', ' + sigma * noise', ''),
         ('sigma^2 is missing under the root', 'alpha_bar_prev - sigma**2', 'alpha_bar_prev'),
         ('alpha_bar for alpha_bar_prev', 'mean = alpha_bar_prev**0.5', 'mean = alpha_bar**0.5'),
-        ('another default of eta', 'eta=0.0', 'eta=1.0'),
         ('direction: no square root', '- sigma**2) ** 0.5', '- sigma**2)'),
     ],
     'ddpm_loss': [
@@ -1040,7 +1018,6 @@ WRONG = {
         ('from b to a', 'weight_a * a + weight_b * b', 'weight_b * a + weight_a * b'),
         ('the weight of a is linear', 'torch.sin((1 - w) * theta) / theta.sin()', '1 - w'),
         ('the straight line', 'weight_a * a + weight_b * b', '(1 - w) * a + w * b'),
-        ('w squared', '(w * theta)', '(w**2 * theta)'),
         ('cosine: |a|^2 for |a| |b|', 'b.norm()', 'a.norm()'),
         ('cosine: not divided by the lengths', ' / (a.norm() * b.norm())', ''),
         ('an angle a row', 'theta = cosine', 'theta = F.cosine_similarity(a, b, -1)[..., None]'),
@@ -1084,11 +1061,7 @@ CALLS = {
     'network_input': [(IMAGES, OTHERS, '1'), (IMAGES, OTHERS, '2')],
     'ema_update': [(AVERAGES, PARAMETERS, 3, 0.9), (AVERAGES, PARAMETERS, 10**4, 0.99)],
     'em_step': [(randn(9, 2), SHARES), (randn(9, 2), SHARES, 0.1), (FAR, SHARES, 0.1)],
-    'slerp': [
-        (IMAGES, OTHERS, 0.3),
-        (X_0, 2 * X_0 + NOISE, 0.3),
-        (0.1 * X_0, 0.1 * X_T, 0.3),
-    ],
+    'slerp': [(IMAGES, OTHERS, 0.3), (X_0, 2 * X_0 + NOISE, 0.3), (0.1 * X_0, 0.1 * X_T, 0.3)],
 }
 
 
@@ -1204,9 +1177,8 @@ def looks_like(name, solution, seconds=TIME_LIMIT / 4):
 def behaviours_of_mistakes(name):
     """A list of (mistake, behaviour), one for each wrong solution of an exercise."""
     with replaced(others(name)):
-        return [
-            (mistake, behaviour(name, edited(name, old, new))) for mistake, old, new in WRONG[name]
-        ]
+        wrong = [(mistake, edited(name, old, new)) for mistake, old, new in WRONG[name]]
+        return [(mistake, behaviour(name, solution)) for mistake, solution in wrong]
 
 
 def alike(these, those):
@@ -1215,9 +1187,6 @@ def alike(these, those):
         return False
     near = dict(rtol=1e-5, atol=1e-6, equal_nan=True)
     return all(torch.allclose(a.double(), b.double(), **near) for a, b in zip(these, those))
-
-
-# ---- Tests of the grader -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('name', EXERCISES)
@@ -1313,10 +1282,10 @@ def test_blanked_file_lacks_the_chosen_exercises_and_nothing_else(tmp_path, caps
 
     assert lecture('exercise', '-o', tmp_path / 'some.py', '--only', '4,14') == 0
     text = (tmp_path / 'some.py').read_text(encoding='utf-8')
-    assert '\n#    4  linear_schedule 1 point\n#   14  slerp           3 points\n#\n' in text
+    assert '\n#    4  linear_schedule 1\n#   14  slerp           3\n#\n' in text
     assert re.findall(r"Error\('Exercise (\d+)", text) == ['4', '14']
     assert lecture('exercise', '--list') == 0
-    assert '\n 3  negative_elbo   2 points\n' in capsys.readouterr().out
+    assert '\n 3  negative_elbo   2\n' in capsys.readouterr().out
 
 
 # ==== PART 3. ALL THE REST, in the sections of diffusevae.py ======================================
@@ -1504,11 +1473,11 @@ def test_formulation_2_sampled_as_in_the_paper_agrees_with_ours():
     assert torch.allclose(refined, (x + 1) / 2, atol=1e-5)
 
 
+GRIDS = [(1000, 'uniform', 0.05), (250, 'uniform', 0.12), (250, 'quadratic', 0.12)]
+
+
 @pytest.mark.parametrize('sampler', dv.SAMPLERS)
-@pytest.mark.parametrize(
-    'steps, spacing, tolerance',
-    [(1000, 'uniform', 0.05), (250, 'uniform', 0.12), (250, 'quadratic', 0.12)],
-)
+@pytest.mark.parametrize('steps, spacing, tolerance', GRIDS)
 def test_samplers_reproduce_a_known_gaussian(sampler, steps, spacing, tolerance):
     """x_0 ~ N(m, s^2) has the exact denoiser (x_t - sqrt(a) m) sqrt(1 - a) / (a s^2 + 1 - a)."""
     mean, std = 0.3, 0.1
@@ -1969,8 +1938,7 @@ def test_unreadable_files_are_counted_in_one_line_and_left_out(tmp_path, capsys)
 def test_what_is_wrong_with_a_folder(tmp_path, monkeypatch):
     """Missing, one picture, all broken, too many for the memory: each its own message."""
     none = 'nor a folder of 2 pictures'
-    broken = '1 of 1 pictures cannot be read'
-    for i, named in enumerate((none, none, broken, 'of 2 pictures 0 fit into the memory')):
+    for i, named in enumerate((none, none, '1 of 1 pictures cannot', 'of 2 pictures 0 fit into')):
         if i == 3:
             monkeypatch.setattr(os, 'sysconf', lambda name: 10)
         with pytest.raises(dv.UserError, match=named):
@@ -2298,15 +2266,14 @@ def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path, capsy
     assert 'stage2-form1.pt: no checkpoint of this program' in capsys.readouterr().err
 
 
-def test_a_run_goes_on_with_its_own_pictures_only(tmp_path, capsys, monkeypatch):
+def test_a_run_goes_on_with_its_own_pictures_only(tmp_path, capsys):
     """Its folder may move; other pictures are refused."""
     for name, first in (('a', 0), ('b', 5)):
         for i in range(30):
             picture(tmp_path / name / f'{i}.png', colour=(8 * i, first, 0))
     out = ['--out', tmp_path / 'o']
-    monkeypatch.chdir(tmp_path)
     command = ['train', '--stage', 1, *FEW, *out, '--steps']
-    assert run(*command, 1, '--data', 'a') == 0
+    assert run(*command, 1, '--data', tmp_path / 'a') == 0
     shutil.move(tmp_path / 'a', tmp_path / 'moved')
     capsys.readouterr()
     assert run(*command, 3) == 2 and 'nor a folder' in capsys.readouterr().err
@@ -2621,9 +2588,7 @@ def test_mixture_recovers_a_known_one(capsys):
     assert share.sum() == pytest.approx(1)
 
 
-def test_ex_pde_draws_codes_from_a_mixture_fitted_to_the_training_images(
-    trained, monkeypatch, tmp_path
-):
+def test_ex_pde_draws_codes_from_a_mixture_fitted_to_codes(trained, monkeypatch, tmp_path):
     """--gmm K fits K components to codes of training images, once a VAE, and draws z from them."""
     weights = tensor(0.25, 0.75)
     means = 3 * randn(2, 4, seed=2)
@@ -2691,22 +2656,18 @@ def test_evaluate_measures_every_model_with_the_same_sampler(trained, tmp_path, 
         assert np.mean(levels) == pytest.approx(mean, abs=0.2)
     assert float(rows['floor: training images'][0]) < float(rows['form1 drafts'][0])
 
-    path = shutil.copytree(trained, tmp_path / 'mixed') / 'stage2-uncond.pt'
-    saved = torch.load(path, weights_only=True)
-    saved['images']['number'] += 1
-    torch.save(saved, path)
-    assert run('evaluate', '--out', tmp_path / 'mixed', '--steps', 1) == 2
-    assert 'of different images' in capsys.readouterr().err
-
-    # Stage 1 was extended, and one of the forms trained anew.
-    path.unlink()
-    path = path.with_name('stage2-form2.pt')
-    saved = torch.load(path, weights_only=True)
-    saved['ema']['vae.head.weight'] *= 1.01
-    torch.save(saved, path)
-    for command in (['evaluate', '--steps', 1], ['chain', '--steps', 1]):
-        assert run(*command, '--out', tmp_path / 'mixed') == 2
-        assert 'have different VAEs' in capsys.readouterr().err
+    # First the baseline is of other images; then one of the forms was trained on another stage 1.
+    mixed = shutil.copytree(trained, tmp_path / 'mixed')
+    for name, said in (('uncond', 'of different images'), ('form2', 'have different VAEs')):
+        saved = torch.load(mixed / f'stage2-{name}.pt', weights_only=True)
+        if name == 'uncond':
+            saved['images']['number'] += 1
+        else:
+            saved['ema']['vae.head.weight'] *= 1.01
+        torch.save(saved, mixed / f'stage2-{name}.pt')
+        for command in ('evaluate', 'chain'):
+            assert run(command, '--steps', 1, '--out', mixed) == 2
+            assert said in capsys.readouterr().err
 
 
 # ---- 11. The command line ------------------------------------------------------------------------
@@ -2721,7 +2682,6 @@ def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
     """By hand: 2 k^2 c_in c_out a pixel of a convolution, three times that with the gradients of
     weights and inputs (no input's gradient for the stem); times images a step, times steps."""
     preset = {stage: dv.SMALL[stage] | dict(size=16, batch=6, steps=10**8) for stage in (1, 2)}
-    preset[2] |= dict(channels=4, multipliers=(1,))
     monkeypatch.setattr(dv, 'PRESETS', {'small': preset, 'cifar10': preset})
     monkeypatch.setitem(dv.PAPER_VAES, 'cifar10', dv.vae_layout(config(1)))
     monkeypatch.setattr(sys.modules[__name__], 'BENCH_PRODUCT', 32)
@@ -2735,10 +2695,9 @@ def test_bench_counts_the_flops_of_whole_runs(monkeypatch, capsys):
         flops += 2 * (2 if conv is model.stem else 3) * conv.weight.numel() * output[0, 0].numel()
 
     assert lecture('bench', '--tflops', 50, '--tflops-vae', 2) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    measured = [line[0] for line in lines if 'training' in line or 'sampling' in line]
-    assert measured == ['small'] * 2 + ['cifar10'] * 2
-    (projected,) = [line[3:] for line in lines if line[:3] == ['small', 'stage', '1']]
+    out = capsys.readouterr().out
+    assert out.count('training') == out.count('sampling') == 2
+    projected = re.search('small +stage 1 (.*)', out)[1].split()
     total, hours = map(float, projected[:2])
     assert total == pytest.approx(flops * 6 * 10**8, rel=0.05)
     assert hours == pytest.approx(total / 2e12 / 3600, rel=0.05)  # the VAE is float32
@@ -2783,21 +2742,23 @@ def test_grade_prints_the_report_alone(tmp_path, capfd, monkeypatch):
     assert 'cannot be graded: it ended the process' in capfd.readouterr().err
 
 
-def test_python_lines_of_the_readme(trained, tmp_path, monkeypatch):
-    """They run as they stand: with a trained model, and the parts of the method on their own."""
-    readme = HERE / 'README.md'
-    if not readme.exists():
+def test_the_readme_is_true(trained, tmp_path, monkeypatch):
+    """Its lines of Python run as they stand; the CI's script ends in its command for the tests."""
+    if not (HERE / 'README.md').exists():
         pytest.skip('no README beside this file')
+    readme = (HERE / 'README.md').read_text(encoding='utf-8')
+    commands = re.findall(r'```sh\n(.*?)```', readme, re.S)
+    assert (HERE / '.ci/run').read_text(encoding='utf-8').endswith('\n' + commands[1])
+
     shutil.copytree(trained, tmp_path / 'runs' / 'shapes')
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r'```python\n(.*?)```', readme.read_text(encoding='utf-8'), re.S)
+    blocks = re.findall(r'```python\n(.*?)```', readme, re.S)
     assert len(blocks) == 3
     for block in blocks:
         exec(block, {})
 
 
 BAD = [
-    (['train', '--stage', 3], '--stage'),
     (['train', '--stage', 1, '--data', 'nothing'], 'nothing'),
     (['train', '--stage', 1, '--steps', 0], '--steps 0: must be from 1'),
     (['train', '--stage', 1, '--lr', 'nan'], '--lr'),
@@ -2807,7 +2768,6 @@ BAD = [
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
     (['train', '--stage', 1, '--form', '2'], '--form'),
     (['train', '--stage', 2], '--stage 1'),
-    (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '0,2'], '--multipliers'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1'], '--multip'),
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], '--heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--attention', 7], '--attention'),
@@ -2937,10 +2897,8 @@ def test_the_first_process_loads_for_all_and_if_it_fails_none_waits(tmp_path):
     skip_unless_all_are_solved()
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
     command += [dv.__file__, 'train', '--stage', '1', '--data', 'nothing', '--out', 'run']
-    environment = os.environ | {'OMP_NUM_THREADS': '1'}
-    done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment
-    )
+    how = dict(cwd=tmp_path, timeout=60, env=os.environ | {'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 1 and done.stderr.count('nor a folder') == 1
 
 
@@ -2968,21 +2926,10 @@ def test_a_step_in_parts_is_the_same_step(trained, tmp_path, capsys, monkeypatch
     assert '2 processes times 2 --parts' in capsys.readouterr().err
 
 
-def test_ci_runs_the_readme_command():
-    """The CI's script ends in the README's command for the tests."""
-    readme = (HERE / 'README.md').read_text(encoding='utf-8')
-    blocks = re.findall(r'```sh\n(.*?)```', readme, re.S)
-    (command,) = [block for block in blocks if '-m pytest -q' in block]
-    assert (HERE / '.ci/run').read_text(encoding='utf-8').endswith('\n' + command)
-
-
 # ==== THE LECTURER'S COMMANDS: a file for students, and the speed of this machine =================
 
-# ---- python test_diffusevae.py exercise ----------------------------------------------------------
-
-
 HEADER = """\
-# EXERCISES. In this copy of diffusevae.py the bodies of these functions are missing:
+# EXERCISES. In this copy of diffusevae.py the bodies of these functions are missing (with points):
 #
 {list}
 #
@@ -3038,23 +2985,18 @@ def blanked(source, numbers, formulas):
             # The docstring, in a paragraph of its own after number and points.
             start = node.body[0].lineno - 1
             text = lines[start].removeprefix('    """').removesuffix('"""')
-            points = points_in_words(EXERCISES[node.name].points)
-            above = [f'    """EXERCISE {number}, {points}.', '', f'    {text}']
+            points = EXERCISES[node.name].points
+            above = [f'    """EXERCISE {number}, points: {points}.', '', f'    {text}']
             if node.body[0].lineno == node.body[0].end_lineno:  # it had one line
                 above.append('    """')
             lines[start : start + 1] = above
 
     exercises = [
-        f'#   {cls.number:2}  {name:15} {points_in_words(cls.points)}'
+        f'#   {cls.number:2}  {name:15} {cls.points}'
         for name, cls in EXERCISES.items()
         if cls.number in numbers
     ]
     return '\n'.join([HEADER.format(list='\n'.join(exercises)), *lines]) + '\n'
-
-
-def points_in_words(points):
-    """1 point, 2 points."""
-    return f'{points} point' if points == 1 else f'{points} points'
 
 
 def chosen_numbers(only):
@@ -3073,8 +3015,7 @@ def write_exercise(path, only, formulas):
     text = blanked(GRADED.read_text(encoding='utf-8'), chosen, formulas)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding='utf-8', newline='\n')
-    print(f'{path}: fill it in, and grade it with')
-    print(f'python test_diffusevae.py grade {path}')
+    print(f'{path}: fill it in, and grade it with: python test_diffusevae.py grade {path}')
 
 
 # ---- python test_diffusevae.py grade -------------------------------------------------------------
@@ -3099,10 +3040,9 @@ def grade_file(path, only):
     command = [sys.executable, *how.split(), *classes]
     # What is printed is read below: so it must not depend on the user's settings of pytest.
     environment = os.environ | {'DIFFUSEVAE': str(path.resolve()), 'PYTEST_ADDOPTS': ''}
+    how = dict(capture_output=True, text=True, timeout=GRADE_LIMIT)
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=GRADE_LIMIT
-        )
+        done = subprocess.run(command, env=environment, **how)
     except subprocess.TimeoutExpired as error:
         raise dv.UserError(f'{path}: took longer than {GRADE_LIMIT} seconds') from error
 
@@ -3148,11 +3088,8 @@ def count_flops(work):
 
 def measure(work):
     """Seconds of a call, the fastest of five, and its TFLOP/s."""
-
-    def call():
-        return work().sum().item()  # the number waits for the device
-
-    seconds = min(timeit.repeat(call, number=1, repeat=5))
+    # (The number waits for the device.)
+    seconds = min(timeit.repeat(lambda: work().sum().item(), number=1, repeat=5))
     return seconds, count_flops(work) / seconds / 1e12
 
 
@@ -3198,9 +3135,8 @@ def bench_run(preset, stage):
         condition = model.condition(inputs['x'], inputs['eps_z'])
         call = count_flops(lambda: model.eps_theta(inputs['x'], inputs['t'], **condition))
         of_picture = 50 * 16 * call / settings.batch
-    size = 4 * (
-        2 * count(model) + 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    )
+    moments = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)  # Adam's
+    size = 4 * (2 * count(model) + moments)
     return total, of_vae, of_picture, size, settings.save_every
 
 
@@ -3215,29 +3151,25 @@ def bench_projection(tflops, tflops_vae):
         print(f'{preset:12} stage {stage} {total:9.1e} {hours:9.1f} {saving:9.1%}')
 
 
-# ---- The command line ----------------------------------------------------------------------------
-
-
 def parse(arguments):
     """The options of one of the lecturer's commands."""
     parser = dv.Parser('test_diffusevae.py', description="The lecturer's commands.")
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-
-    def command(name, text):
-        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-
     only = dict(type=dv.whole_numbers, default=(), help='exercises, 1,2,5; default: all')
-    sub = command('exercise', 'write a copy of diffusevae.py for a student, exercises blanked')
+    text = 'write a copy of diffusevae.py for a student, exercises blanked'
+    sub = commands.add_parser('exercise', help=text)
     sub.add_argument('-o', '--out', type=Path, default='student.py', help='default: student.py')
     sub.add_argument('--only', **only)
     sub.add_argument('--formulas', action='store_true', help='leave those in that can be derived')
     sub.add_argument('--list', action='store_true', help='print the exercises and their points')
 
-    sub = command('grade', "print what a student's file solves, what does not hold, the points")
+    text = "print what a student's file solves, what does not hold, the points"
+    sub = commands.add_parser('grade', help=text)
     sub.add_argument('file', type=Path, help='the file to grade, e.g. student.py')
     sub.add_argument('--only', **only)
 
-    sub = command('bench', "two networks' speed, as a share of the device's; costs of the presets")
+    text = "two networks' speed, as a share of the device's; costs of the presets"
+    sub = commands.add_parser('bench', help=text)
     sub.add_argument('--device', help='cpu, cuda, cuda:1, mps; default: cuda if there is one')
     sub.add_argument('--tflops', type=float, default=50.0, help='of the U-Net (default 50)')
     sub.add_argument('--tflops-vae', type=float, default=20.0, help='in float32 (default 20)')
@@ -3249,16 +3181,13 @@ def main(arguments=None):
     try:
         options = parse(arguments)
         if options.command == 'bench':
-            for tflops in (options.tflops, options.tflops_vae):
-                if not 1e-6 <= tflops <= 1e6:
-                    raise dv.UserError(f'--tflops {tflops}: not from 1e-6 to 1e6')
             bench_speed(options.device)
             bench_projection(options.tflops, options.tflops_vae)
         elif options.command == 'grade':
             return grade_file(options.file, options.only)
         elif options.list:
             for name, cls in EXERCISES.items():
-                print(f'{cls.number:2}  {name:15} {points_in_words(cls.points)}')
+                print(f'{cls.number:2}  {name:15} {cls.points}')
         else:
             write_exercise(options.out, options.only, options.formulas)
     except (dv.UserError, OSError) as error:
