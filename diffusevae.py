@@ -88,16 +88,16 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (It bounds image and y together. Where y is the image itself, that counts the image twice, once
-# as the VAE models it and once as the diffusion model does: it says what to train, and is no
-# likelihood. The same steps without y bound log p(x_0) alone, by all terms but log p(y|z).)
+# (It bounds image and y together. Where y is the image itself, the image counts twice: as y in the
+# first line, which the VAE models, and as x_0 in the second. So it says what to train, and is no
+# likelihood of the image. Leave log p(y|z) out, and what remains is a bound of log p(x_0) alone.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
-# Two things are written differently here: the paper's q(z|y, x_0) is q(z|x_0), as y is a function
-# of x_0 (our encoder sees y alone); and the diffusion model, which the paper conditions on y and z,
-# is conditioned on x_hat, all it will be shown of them (but for z, where the U-Net has a z_dim).
+# Two things are written differently here. The paper's q(z|y, x_0) is q(z|x_0), as y is a function
+# of x_0. And the diffusion model, which the paper conditions on y and z, is conditioned on x_hat:
+# the draft is all that it is shown of the two. (A U-Net may be built to see z, too.)
 
 
 def reparameterize(mu, logvar, eps):
@@ -219,10 +219,10 @@ class VAE(nn.Module):
         self.head = nn.Conv2d(widths[size], channels, 3, padding=1)
 
     def encode(self, x):
-        """q(z|x_0): x [B, C, H, W] in [0, 1] -> mu and logvar, each [B, z_dim].
+        """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        It looks at y(x) only. For the signals below y(y(x)) = y(x): so a picture of which only y is
-        known, a grey one for example, can be encoded, too.
+        The encoder sees y alone, not x. Of all SIGNALS, below, the y of a y is that y itself: so a
+        picture of which only y is known, a grey one for example, has the same code.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -296,7 +296,8 @@ SIGNALS = {'image': torch.clone, 'grey': grey, 'lowres': low_resolution, 'masked
 # goes to the image, where alpha_bar_prev is 1. In `q_sample`, `predict_x0` and `q_posterior` they
 # are numbers or, where each image has a time of its own, [B, 1, 1, 1].
 #
-# All of this is DDPM and DDIM, and knows nothing of drafts; section 4 needs no more.
+# All of this is DDPM and DDIM, and knows nothing of drafts: these enter in section 4 alone, as
+# something more that the network is shown.
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
@@ -366,9 +367,9 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     #
     # The "small" variance is the posterior's, the "large" one its beta. If all images were the same
     # one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be the posterior. If
-    # images were white noise, x_0 ~ N(0, I), then so would each x_t be, and a step back would be as
-    # uncertain as a step forward: its variance would be beta. Real data lie in between. Our default
-    # is the small one; the authors test CIFAR-10 and CelebA-64 with the large one.
+    # images were white noise, x_0 ~ N(0, I), then so would x_prev and x_t be, with a covariance of
+    # sqrt(1 - beta): each has, given the other, the variance beta. Real data lie in between. Our
+    # default is the small one; the authors test CIFAR-10 and CelebA-64 with the large one.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -406,8 +407,7 @@ SAMPLERS['ddpm-large'] = partial(ddpm_step, variance='large')
 
 def uniform_times(schedule, steps):
     """`steps` times of a schedule [T] in equal strides, from T - 1 down."""
-    T = len(schedule)
-    return [round(i * T / steps) - 1 for i in range(steps, 0, -1)]
+    return [round(i * len(schedule) / steps) - 1 for i in range(steps, 0, -1)]
 
 
 def quadratic_times(schedule, steps):
@@ -450,16 +450,18 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
-    # and in the product the fractions cancel in pairs (1 / q(x_1|x_0) with the factor of t = 1).
-    # What is left is a sum: for t > 1 terms -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1
+    # and in the product over t all q(x_t|x_0) cancel but that of T: each stands above a fraction's
+    # line and below that of t + 1 (for t = 1 the factor is q(x_1|x_0) itself). In the expectation
+    # what is left is a sum: for t > 1 -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1
     # log p(x_0|x_1); and one term for x_T, in which there is nothing to learn (NOTES 2.7).
     #
     # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred, here not
     # clipped: the squared difference of these over twice the variance of p(x_{t-1}|x_t), plus a
-    # constant. In terms of eps that is w_t (eps - eps_theta)^2, where w_t = beta_t^2 / (2 variance
-    # (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at t = 2 to 0.01
-    # at t = 100, and is at most that from there on: at large t an error of eps makes a large one of
-    # x_0_pred, but the posterior hardly looks at x_0_pred.
+    # constant. An error of eps makes one of x_0_pred (its factor is in `predict_x0`), and that one
+    # of the mean (weight_of_x_0 in `q_posterior`): the KL is w_t (eps - eps_theta)^2, where
+    # w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t
+    # falls from 0.6 at t = 2 to 0.01 at t = 100, and is at most that from there on. (At large t an
+    # error of x_0_pred is large, but the posterior hardly looks at x_0_pred.)
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -487,8 +489,7 @@ class Diffusion(nn.Module):
         passed: None, or a list that collects what the chain passes through: (x_t, x_0_pred) a step.
         """
         times = SPACINGS[spacing](self.schedule, steps)
-        alpha_bars = [self.schedule[t] for t in times]
-        alpha_bars.append(1.0)  # after the last step no noise is left
+        alpha_bars = [self.schedule[t] for t in times] + [1.0]  # after the last step: no noise left
         step = SAMPLERS[sampler]
 
         x_t = x_T  # [B, C, H, W]
@@ -686,8 +687,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (A disabled
-        # autocast still checks that its device knows bfloat16; 'cpu' always does.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (Also where it
+        # is disabled autocast asks for a device that it knows: 'cpu' then stands for any.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -733,11 +734,11 @@ class UNet(nn.Module):
 #   q(x'_t|x'_{t-1}, x_hat) = N(sqrt(1 - beta_t) x'_{t-1} + (1 - sqrt(1 - beta_t)) x_hat, beta_t I)
 #   hence q(x'_t|x_0, x_hat) = N(sqrt(alpha_bar_t) x_0 + x_hat, (1 - alpha_bar_t) I) for t >= 1
 #
-# Let x_t := x'_t - x_hat for t >= 1, and leave x_0 as it is. Then the first mean is that of section
-# 2, and so is the second, sqrt(1 - beta_t) (x'_{t-1} - x_hat): x_t follows the process of section 2
-# (NOTES 2.6). So one implementation, in x_t, serves both formulations. The draft is added in one
-# place only, where the network sees it. And a chain ends in x_0, the image itself, not in a
-# difference to the draft.
+# Let x_t := x'_t - x_hat for t >= 1, and leave x_0 as it is. Subtract x_hat from both means: the
+# first becomes sqrt(1 - beta_1) x_0, the second sqrt(1 - beta_t) (x'_{t-1} - x_hat), which is
+# sqrt(1 - beta_t) x_{t-1}. So x_t follows the process of section 2 (NOTES 2.6), and one
+# implementation, in x_t, serves both formulations. The draft is added in one place only, where the
+# network sees it. And a chain ends in x_0, the image itself, not in a difference to the draft.
 
 
 def network_input(x_t, x_hat, form):
@@ -838,17 +839,15 @@ class DiffuseVAE(nn.Module):
 
     @torch.no_grad()
     def generate(self, z, x_T, draw_noise, draft=None, guidance=0.0, **chain):
-        """Sampling: the 'draft' of a code z, which the baseline has not, and the image 'refined'.
-
-        Both are [B, C, H, W] in [0, 1].
+        """Sampling: returns {'draft': ..., 'refined': ...}, the baseline 'refined' alone.
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: [B, C, H, W] in [0, 1], to be refined in place of the decoder's. z is needed all the
-        same: any, if the U-Net has no z_dim, else the code that the draft belongs to;
+        draft: to be refined in place of the decoder's. If the U-Net sees z, z has to be the code
+        that it belongs to, else z does not matter;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
-        To be called in eval mode, without dropout.
+        Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
         """
         # Stage 1 drafts.
         if self.vae is not None and draft is None:
@@ -1123,7 +1122,7 @@ def load_celeba(data, root, size, train, num):
     """
     found = download(datasets.CelebA, data, root, split='train' if train else 'test')
     order = torch.randperm(len(found.filename), generator=make_generator('order'))[:num]
-    paths = [f'{root}/celeba/img_align_celeba/{found.filename[i]}' for i in order]
+    paths = [f'{found.root}/celeba/img_align_celeba/{found.filename[i]}' for i in order]
     pixels, good = read_pictures(paths, size, crop=False)
     return Images(pixels, dict(zip(found.attr_names, found.attr[order][good].bool().T)))
 
@@ -1162,13 +1161,13 @@ def load_images(settings, train, num=None, channels=None):
     channels: of the model that they are for, if there is one; else as many as they have.
     """
     loader = DATA_SETS.get(settings.data, load_folder)
-    images = loader(settings.data, settings.root, settings.size, train, num)
+    found = loader(settings.data, settings.root, settings.size, train, num)
 
     # A set's own number of channels may differ from the model's: a few pictures of a set in colour
     # may all be grey, or held-out ones in colour where those for training are grey.
-    if channels not in (None, images.pixels.shape[1]):
-        images.pixels = images.pixels[:, :1].expand(-1, channels, -1, -1)
-    return images
+    if channels not in (None, found.pixels.shape[1]):
+        found.pixels = grey(found.pixels.float())[:, :1].round().byte().expand(-1, channels, -1, -1)
+    return found
 
 
 def to_uint8(images):
@@ -1204,8 +1203,9 @@ def write_grid(path, rows, columns=()):
 
 def write_atomically(path, write):
     """Call write(file) such that `path` becomes the whole new file, or stays the old one."""
-    # Written in memory, then beside the file, then renamed: a name never stands for half a file. A
-    # run that is killed in between leaves one .part, which the next writing replaces.
+    # Written in memory, then beside the file, then renamed: a name never stands for half a file. (A
+    # full disk is then the system's error, in one line; torch's own would be another.) A run that
+    # is killed in between leaves one .part, which the next writing replaces.
     content = io.BytesIO()
     write(content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1320,7 +1320,7 @@ def option(meaning, low=-math.inf, high=math.inf, choices=None):
 
 @dataclass
 class Options:
-    """What both classes of options have in common. UserError for a number out of its range."""
+    """What both classes of options have in common. UserError for a value that cannot be."""
 
     out: str = option('folder of the run (train: else runs/<data>)')
     form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
@@ -1332,6 +1332,9 @@ class Options:
     def __post_init__(self):
         for setting in fields(self):
             value = getattr(self, setting.name)
+            choices = setting.metadata['choices']
+            if value is not None and choices is not None and value not in choices:
+                raise UserError(f'{flag(setting.name)} {value}: not one of {list(choices)}')
             low, high = setting.metadata['range']
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, (int, float)) and not low <= number <= high:
@@ -1499,7 +1502,7 @@ def place(model, device):
 def checkpoint_path(out, form):
     """Where the checkpoint of a form of stage 2 is; for None, that of stage 1."""
     name = 'stage1.pt' if form is None else f'stage2-{FORMS[form]}.pt'
-    return Path(out).expanduser() / name
+    return Path(os.path.expanduser(out)) / name
 
 
 def load_checkpoint(path):
@@ -1511,7 +1514,7 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
         TrainingOptions(**saved['settings'])
-    except (OSError, MemoryError):
+    except (UserError, OSError, MemoryError):
         raise  # the file may be good
     except Exception as error:  # torch raises nearly anything on a damaged file
         raise UserError(f'{path}: no checkpoint of this program; move it away') from error
@@ -1772,7 +1775,7 @@ def train(typed):
 
 
 # ==== 8. SAMPLING =================================================================================
-# z ~ N(0, I), x_hat = decoder(z), then the reverse chain. Images are drawn in chunks. What is
+# z ~ N(0, I), x_hat = decoder(z), then the reverse chain. New images are drawn in chunks. What is
 # random in a chunk is a function of (seed, chunk): so image i is the same, up to rounding, however
 # many are drawn. Noise is drawn on the CPU, so that it is the same for all devices.
 
@@ -1876,8 +1879,8 @@ class Trained:
         """For notebooks: {'draft', 'refined'} of num new codes, of codes z, or of drafts.
 
         z: [n, z_dim]; all share one noise. draft: [n, C, H, W], to be refined in place of the
-        decoder's; without z, with the codes that the encoder finds in it. chosen: options of the
-        command `sample`, such as steps=50, gmm=20.
+        decoder's; without z, with the codes that the encoder finds in it. chosen: steps, sampler,
+        spacing, guidance, gmm and seed, as for the command `sample`.
         """
         # New images differ in code and noise. Given codes are to be compared, so they share it.
         options = SamplingOptions(num=num, **(SAMPLING | chosen))
@@ -2340,7 +2343,8 @@ def add_options(parser, options_class, defaults):
 
 def parse(argv):
     """The function of the command, and its options. UserError for bad ones."""
-    # Which options `train` has depends on stage, form and preset: these have to be known first. All
+    # Which options `train` has depends on stage, form and preset: these have to be known first, and
+    # a preset other than `small` typed for stage 2, too, to type its --epochs or read its help. All
     # else is left for the parser below.
     first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument('--stage', type=int, choices=(1, 2), default=1)
