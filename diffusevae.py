@@ -786,13 +786,13 @@ class DiffuseVAE(nn.Module):
             return {}
         return {'x_hat': 2 * draft - 1, 'z': z}  # from the VAE's [0, 1] to [-1, 1]
 
-    def eps_theta(self, x_t, t, x_hat=None, z=None):
+    def eps_theta(self, x_t, t, x_hat=None, **told):
         """The U-Net's estimate of the noise in x_t [B, C, H, W] at times t [B], given a condition.
 
-        x_hat, z: as in `condition`; the baseline has neither.
+        x_hat: that of `condition`; told: all else in it, which is z. The baseline has neither.
         """
         x_in = x_t if x_hat is None else network_input(x_t, x_hat, self.form)  # [B, C or 2C, H, W]
-        return self.unet(x_in, t, z)
+        return self.unet(x_in, t, **told)
 
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""

@@ -1756,11 +1756,11 @@ def test_guidance_and_its_null_condition_by_hand(form):
 def test_condition_is_dropped_by_image_at_the_given_rate():
     """Dropped: x_hat = 0 and z = 0, so Formulation 2 is shown x_t; the others keep theirs."""
     model = tiny('2', z_dim=4)
-    calls = recorded(model.unet)
+    calls = recorded(model.unet), recorded(model.unet.z_mlp)
     random = model.random_inputs((4, 1, 8, 8), dv.make_generator(0))
     random['keep'] = torch.tensor([1.0, 0, 1, 0])
     model(torch.rand(4, 1, 8, 8), **random)
-    (shown, _, z), _ = calls[0]
+    (((shown, _), _),), (((z,), _),) = calls
     assert not shown[1::2, 1].any() and not z[1::2].any()
     assert shown[::2, 1].abs().amax((1, 2)).all() and z[::2].any(dim=1).all()
 
