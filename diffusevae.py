@@ -2086,7 +2086,9 @@ def edit(options):
     has = images.attributes.get(options.attribute)
     if has is None or has.all() or not has.any():
         known = ', '.join(images.attributes) or 'no attributes'
-        raise UserError(f'--attribute {options.attribute}: must tell images apart, of {known}')
+        raise UserError(
+            f'--attribute {options.attribute}: true of no image, or of all; known: {known}'
+        )
     codes, _ = trained.encode_all(images)
     direction = codes[has].mean(dim=0) - codes[~has].mean(dim=0)
 

@@ -2510,7 +2510,7 @@ def test_edit_moves_along_the_difference_of_mean_codes(trained, shown, capsys):
     _, factors = dv.draw_shapes(20_000, dv.make_generator('shapes', True))
     assert torch.equal(circle, factors['kind'] == 1)
     assert torch.equal(images.attributes['x'], factors['x'] > 0.5)
-    assert run(*command[:-1], 'square') == 2 and 'square: ' in capsys.readouterr().err
+    assert run(*command[:-1], 'square') == 2 and 'known: wide, ' in capsys.readouterr().err
 
 
 def test_robust_damages_more_and_more(trained, monkeypatch, shown):
