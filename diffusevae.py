@@ -90,7 +90,8 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #
 # (It bounds image and y together. Where y is the image itself, the image counts twice: as y in the
 # first line, which the VAE models, and as x_0 in the second. So it says what to train, and is no
-# likelihood of the image. Leave log p(y|z) out, and what remains is a bound of log p(x_0) alone.)
+# likelihood of the image. That of x_0 alone, made by way of z and x_hat(z) without a y, is bounded
+# in the same way: by all terms but log p(y|z).)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -118,8 +119,8 @@ def kl_divergence(mu, logvar):
     # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2),
     # by E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1
     #
-    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z, so only their moments are
-    # needed (NOTES 2.2).
+    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z: of z only mean and variance
+    # are needed (NOTES 2.2).
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -206,9 +207,9 @@ class VAE(nn.Module):
         self.kl_weight = kl_weight
         self.signal = SIGNALS[signal]
 
-        # The mean colour of y over the training set is subtracted from what the encoder sees.
-        # Without this, where most pixels are white, the code came to carry nothing, as if that
-        # constant drowned what differs (NOTES 4). It is ours; training sets it when it begins.
+        # The mean colour of y over the training set is subtracted from what the encoder sees. The
+        # buffer is set when training begins. (The authors do without. Where most pixels are white,
+        # our code then came to carry nothing, as if that constant drowned what differs: NOTES 4.)
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -221,8 +222,8 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        The encoder sees y alone, not x. Of all SIGNALS, below, the y of a y is that y itself: so a
-        picture of which only y is known, a grey one for example, has the same code.
+        The encoder sees y alone. Each of the SIGNALS, at the end of this section, leaves a y as it
+        is: so a picture of which only y is known, a grey one for example, can be encoded, too.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -238,8 +239,9 @@ class VAE(nn.Module):
     def random_inputs(self, shape, generator):
         """The noise that `forward` needs for images of a shape (B, C, H, W), by name.
 
-        `forward` is given it, so that its result is a function of its arguments: what training
-        needs in order to resume exactly, and to share a batch among GPUs (section 7).
+        `forward` is given it, so that its result is a function of its arguments alone. Training
+        makes a new generator for each step, from the step's number: so it can resume exactly, and
+        share a batch among GPUs (section 7).
         """
         return {'eps_z': torch.randn(shape[0], self.z_dim, generator=generator)}
 
@@ -365,11 +367,11 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end,
     # where alpha_bar_prev is 1 and the small variance 0
     #
-    # The "small" variance is the posterior's, the "large" one its beta. If all images were the same
-    # one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be the posterior. If
-    # images were white noise, x_0 ~ N(0, I), then so would x_prev and x_t be, with a covariance of
-    # sqrt(1 - beta): each has, given the other, the variance beta. Real data lie in between. Our
-    # default is the small one; the authors test CIFAR-10 and CelebA-64 with the large one.
+    # The "small" variance is the posterior's, the "large" one is beta as in `q_posterior`. If all
+    # images were the same one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be
+    # the posterior. If images were white noise, x_0 ~ N(0, I), so would x_prev and x_t be, with a
+    # covariance of sqrt(1 - beta): each of them, given the other, has the variance beta. Real data
+    # lie in between. Our default is small; the authors test CIFAR-10 and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -406,7 +408,7 @@ SAMPLERS['ddpm-large'] = partial(ddpm_step, variance='large')
 
 
 def uniform_times(schedule, steps):
-    """`steps` times of a schedule [T] in equal strides, from T - 1 down."""
+    """`steps` times of a schedule [T] in equal strides, but for rounding, from T - 1 down."""
     return [round(i * len(schedule) / steps) - 1 for i in range(steps, 0, -1)]
 
 
@@ -445,23 +447,24 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     # x_t ~ q(x_t|x_0),  loss = mean of (eps - eps_theta(x_t, t))^2
     #
     # In the second line of the bound (section 1) both chains are products over t: the model's is
-    # p(x_T) prod_t p(x_{t-1}|x_t), all given x_hat, which is left out here; the forward one is
+    # p(x_T) prod_t p(x_{t-1}|x_t) (all given x_hat, which is not written here); the forward one is
     # prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors of the latter around,
     #
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
-    # and in the product over t all q(x_t|x_0) cancel but that of T: each stands above a fraction's
-    # line and below that of t + 1 (for t = 1 the factor is q(x_1|x_0) itself). In the expectation
-    # what is left is a sum: for t > 1 -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for t = 1
-    # log p(x_0|x_1); and one term for x_T, in which there is nothing to learn (NOTES 2.7).
+    # and in their product each q(x_t|x_0) but the last cancels with the next factor's denominator:
+    #
+    #     q(x_1|x_0) prod_{t > 1} q(x_t|x_{t-1}) = q(x_T|x_0) prod_{t > 1} q(x_{t-1}|x_t, x_0).
+    #
+    # So the expectation is a sum: for t > 1 of -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for
+    # t = 1 of log p(x_0|x_1); and of one term for x_T, with nothing to learn in it (NOTES 2.7).
     #
     # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred, here not
-    # clipped: the squared difference of these over twice the variance of p(x_{t-1}|x_t), plus a
-    # constant. An error of eps makes one of x_0_pred (its factor is in `predict_x0`), and that one
-    # of the mean (weight_of_x_0 in `q_posterior`): the KL is w_t (eps - eps_theta)^2, where
-    # w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t
-    # falls from 0.6 at t = 2 to 0.01 at t = 100, and is at most that from there on. (At large t an
-    # error of x_0_pred is large, but the posterior hardly looks at x_0_pred.)
+    # clipped: the squared difference of the means over twice the variance of p(x_{t-1}|x_t), plus a
+    # constant. The factor of eps in `predict_x0` times weight_of_x_0 makes of an error of eps that
+    # of the mean: the KL is w_t (eps - eps_theta)^2 + constant, where w_t = beta_t^2 / (2 variance
+    # (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at t = 2 to 0.01
+    # at t = 100, and is at most that from there on.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -631,11 +634,11 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.channels = channels
-        self.bfloat16 = False  # whether all but the last layers compute in it (section 7 decides)
+        self.bfloat16 = False  # whether products are in it, but the last ones (section 7 decides)
 
         # GroupNorm subtracts from each group of channels their mean over all pixels. Many groups of
-        # few channels lose the image's colour: small networks drift in it (NOTES 4). So they have
-        # one group; from 128 channels on there are the paper's 32.
+        # few channels lose the image's mean colour: that of what small networks draw then drifts
+        # (NOTES 4). So small networks have one group, and from 128 channels on the paper's 32.
         groups = 32 if channels >= 128 else 1
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
@@ -687,8 +690,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (Also where it
-        # is disabled autocast asks for a device that it knows: 'cpu' then stands for any.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (Even when it
+        # is disabled, autocast wants a type of device that it knows: 'cpu' is one.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -712,9 +715,9 @@ class UNet(nn.Module):
                 else:
                     h = layer(h)  # twice the resolution
 
-        # The last layers compute in float32, which costs little: eps itself is not rounded to 8
-        # bits, an error that x_0_pred would multiply by 157 at T (NOTES 4). What the layers before
-        # have rounded remains.
+        # The last layers compute in float32, which costs little: so eps is not rounded to the 8
+        # significant bits of bfloat16, an error that x_0_pred would multiply by 157 at T (NOTES 4).
+        # What the layers before have rounded remains.
         return self.head(F.silu(self.head_norm(h.float())))  # [B, out_channels, size, size]
 
 
@@ -796,10 +799,11 @@ class DiffuseVAE(nn.Module):
 
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
-        # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but a loss
-        # depends on its time most of all, and a batch of many small times has a larger one. Here
-        # the i-th image has a time from the i-th of B equal parts of [0, T): batches are alike, and
-        # as images are in random order each time is uniform. (The clamp is against rounding to T.)
+        # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but the loss
+        # depends on the time most of all, so that a batch of many small times has a large loss.
+        # Here the i-th image has a time from the i-th of B equal parts of [0, T): so batches are
+        # alike. Which images come first is random: so each image's time is uniform. (The clamp is
+        # against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
@@ -830,9 +834,10 @@ class DiffuseVAE(nn.Module):
             # know the answer without it. In its place come zeros: a grey image, and the mean of the
             # prior. (The authors withhold it from whole batches.)
             for name, value in condition.items():
-                condition[name] = torch.einsum('b,b...->b...', keep, value)  # each image by its own
+                condition[name] = torch.einsum('b,b...->b...', keep, value)  # keep[i] value[i]
 
-        # Noise the image (all of it, whatever the draft is of), and predict the noise.
+        # Noise the image itself, also where y, and the draft, is its grey or a part of it. Predict
+        # the noise.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
         eps_theta = partial(self.eps_theta, **condition)
         return {'loss': ddpm_loss(eps_theta, x_0, self.diffusion.alpha_bar, t, eps)}
@@ -844,7 +849,7 @@ class DiffuseVAE(nn.Module):
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
         draft: to be refined in place of the decoder's. If the U-Net sees z, z has to be the code
-        that it belongs to, else z does not matter;
+        that it belongs to, else any will do;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
@@ -868,7 +873,7 @@ class DiffuseVAE(nn.Module):
             return (1 + guidance) * eps - guidance * eps_null
 
         x_0 = self.diffusion.sample(guided, x_T, draw_noise, **chain)
-        images = {} if draft is None else {'draft': draft}
+        images = {} if self.vae is None else {'draft': draft}
         return images | {'refined': (x_0 + 1) / 2}
 
 
@@ -2086,9 +2091,7 @@ def edit(options):
     has = images.attributes.get(options.attribute)
     if has is None or has.all() or not has.any():
         known = ', '.join(images.attributes) or 'no attributes'
-        raise UserError(
-            f'--attribute {options.attribute}: true of no image, or of all; known: {known}'
-        )
+        raise UserError(f'--attribute {options.attribute}: true of none or of all; known: {known}')
     codes, _ = trained.encode_all(images)
     direction = codes[has].mean(dim=0) - codes[~has].mean(dim=0)
 
