@@ -2231,7 +2231,7 @@ def mixture_of_codes(trained, K):
     fitted to z ~ q(z|x_0) do so less often.
     """
     # It takes a while, so it is kept beside the checkpoint, with weights of the VAE that it is for.
-    path = trained.path.with_name(f'gmm{K}.pt')
+    path = trained.path.with_name(f'mixture{K}.pt')
     of_vae = trained.vae.mu.weight.cpu()
     saved = load_checkpoint(path)
     if saved is not None and torch.equal(saved['of_vae'], of_vae):

@@ -2612,7 +2612,7 @@ def test_ex_pde_draws_codes_from_a_mixture_fitted_to_codes(trained, monkeypatch,
         return weights, means, covariances
 
     monkeypatch.setattr(dv, 'fit_mixture', fit_mixture)
-    trained = shutil.copytree(trained, tmp_path / 'copy', ignore=shutil.ignore_patterns('gmm*'))
+    trained = shutil.copytree(trained, tmp_path / 'copy', ignore=shutil.ignore_patterns('mixture*'))
     model = dv.load(trained)
     options = dv.SamplingOptions(**dv.SAMPLING | dict(gmm=2, num=60 * 64))
     painted = []
@@ -2638,7 +2638,7 @@ def test_ex_pde_draws_codes_from_a_mixture_fitted_to_codes(trained, monkeypatch,
     assert len(fits) == 2
 
     # As --data may name another folder: a mixture of its images is refused.
-    (trained / 'gmm2.pt').unlink()
+    (trained / 'mixture2.pt').unlink()
     other = dv.replace(kept, facts=kept.facts | {'first': 255 - kept.facts['first']})
     with pytest.raises(dv.UserError, match='not the images of'):
         other.new_chunk(options, 0)
