@@ -90,8 +90,7 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #
 # (It bounds image and y together. Where y is the image itself, the image counts twice: as y in the
 # first line, which the VAE models, and as x_0 in the second. So it says what to train, and is no
-# likelihood of the image. That of x_0 alone, made by way of z and x_hat(z) without a y, is bounded
-# in the same way: by all terms but log p(y|z).)
+# likelihood of the image.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -208,8 +207,8 @@ class VAE(nn.Module):
         self.signal = SIGNALS[signal]
 
         # The mean colour of y over the training set is subtracted from what the encoder sees. The
-        # buffer is set when training begins. (The authors do without. Where most pixels are white,
-        # our code then came to carry nothing, as if that constant drowned what differs: NOTES 4.)
+        # buffer is set when training begins. (The authors do without. But where most pixels were
+        # white, z came to carry nothing, as if that constant drowned what differs: NOTES 4.)
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -222,8 +221,8 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        The encoder sees y alone. Each of the SIGNALS, at the end of this section, leaves a y as it
-        is: so a picture of which only y is known, a grey one for example, can be encoded, too.
+        The encoder sees y alone. All SIGNALS (at the end of this section) leave what is a y already
+        as it is: so a grey picture, for example, whose colours nobody knows, can be encoded, too.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -298,8 +297,7 @@ SIGNALS = {'image': torch.clone, 'grey': grey, 'lowres': low_resolution, 'masked
 # goes to the image, where alpha_bar_prev is 1. In `q_sample`, `predict_x0` and `q_posterior` they
 # are numbers or, where each image has a time of its own, [B, 1, 1, 1].
 #
-# All of this is DDPM and DDIM, and knows nothing of drafts: these enter in section 4 alone, as
-# something more that the network is shown.
+# All of this is DDPM and DDIM, and knows nothing of drafts, which only the network is shown.
 
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
@@ -309,8 +307,8 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     # The range of beta is made for T = 1000, where 4e-5 of the power is left; with T = 100 a third
     # would be left at the end.
     #
-    # In float32 the smallest 1 - alpha_bar = 1e-4 would have only three digits. That is enough to
-    # train with; but the samplers combine several such differences.
+    # In float32 1 - alpha_bar, which is 1e-4 at first, would have three digits. That is enough for
+    # the loss, but samplers divide such numbers by one another.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -367,11 +365,12 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end,
     # where alpha_bar_prev is 1 and the small variance 0
     #
-    # The "small" variance is the posterior's, the "large" one is beta as in `q_posterior`. If all
-    # images were the same one, x_0 would be known, and the true reverse step q(x_prev|x_t) would be
-    # the posterior. If images were white noise, x_0 ~ N(0, I), so would x_prev and x_t be, with a
-    # covariance of sqrt(1 - beta): each of them, given the other, has the variance beta. Real data
-    # lie in between. Our default is small; the authors test CIFAR-10 and CelebA-64 with large.
+    # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`: that of
+    # the true q(x_prev|x_t) lies in between. If all images were the same one, x_0 would be known:
+    # q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I), so would
+    # x_prev and x_t be. Two such Gaussians can be exchanged: x_prev given x_t would have the
+    # variance of x_t given x_prev, which is beta. Our default is small; the authors test CIFAR-10
+    # and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -389,8 +388,8 @@ def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     # where the variances of the last two terms add up to 1 - alpha_bar_prev
     #
     # If x_0_pred is right and x_t ~ q(x_t|x_0), then eps ~ N(0, I), and x_prev ~ q(x_prev|x_0) for
-    # every sigma up to sqrt(1 - alpha_bar_prev) (NOTES 2.5). So at each time images are as noisy as
-    # those that the network was trained on, whatever eta is.
+    # every sigma up to sqrt(1 - alpha_bar_prev) (NOTES 2.5): at each time images are then as noisy
+    # as those that the network was trained on, whatever eta is.
     #
     # eps is derived anew from x_t and x_0_pred: where x_0_pred was clipped, it is not the network's
     # any more. (The authors keep the network's; then eta = 1 is not the ancestral step.)
@@ -417,8 +416,8 @@ def quadratic_times(schedule, steps):
     # t_i = (i / (steps - 1))^2 t_start
     #
     # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
-    # 0.8 T, where sqrt(alpha_bar), the factor of x_0 in x_t, is 0.039 for the linear schedule with
-    # T = 1000. Here t_start is the first time below this: the same, and right for other schedules.
+    # 0.8 T. There sqrt(alpha_bar), the factor of x_0 in x_t, has just fallen below 0.039, for the
+    # linear schedule with T = 1000. This is t_start here, which suits other schedules, too.
     # (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error, which
     # is accepted.) A single step starts at T - 1, where `uniform_times` always does.
     T = len(schedule)
@@ -448,23 +447,24 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #
     # In the second line of the bound (section 1) both chains are products over t: the model's is
     # p(x_T) prod_t p(x_{t-1}|x_t) (all given x_hat, which is not written here); the forward one is
-    # prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors of the latter around,
+    # prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors of the latter around (NOTES 2.7),
     #
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
-    # and in their product each q(x_t|x_0) but the last cancels with the next factor's denominator:
+    # and q(x_1|x_0), the factor of t = 1, cancels with the denominator of t = 2, q(x_2|x_0) with
+    # that of t = 3, and so on:
     #
     #     q(x_1|x_0) prod_{t > 1} q(x_t|x_{t-1}) = q(x_T|x_0) prod_{t > 1} q(x_{t-1}|x_t, x_0).
     #
-    # So the expectation is a sum: for t > 1 of -KL( q(x_{t-1}|x_t, x_0) || p(x_{t-1}|x_t) ); for
-    # t = 1 of log p(x_0|x_1); and of one term for x_T, with nothing to learn in it (NOTES 2.7).
+    # So the second line is a sum of expectations: for t > 1 of -KL( q(x_{t-1}|x_t, x_0) ||
+    # p(x_{t-1}|x_t) ); for t = 1 of log p(x_0|x_1); and one for x_T, with nothing to learn in it.
     #
     # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred, here not
     # clipped: the squared difference of the means over twice the variance of p(x_{t-1}|x_t), plus a
-    # constant. The factor of eps in `predict_x0` times weight_of_x_0 makes of an error of eps that
-    # of the mean: the KL is w_t (eps - eps_theta)^2 + constant, where w_t = beta_t^2 / (2 variance
-    # (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at t = 2 to 0.01
-    # at t = 100, and is at most that from there on.
+    # constant. An error e of eps is one of e sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t) in x_0_pred,
+    # and that times weight_of_x_0 in the mean. So the KL is w_t e^2 + constant, with w_t = beta_t^2
+    # / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at
+    # t = 2 to 0.01 at t = 100, and is at most that from there on.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -483,7 +483,7 @@ class Diffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, eps_theta, x_T, draw_noise, steps, sampler, spacing, passed=None):
-        """Run the reverse chain from x_T [B, C, H, W] to x_0 in [-1, 1], in `steps` network calls.
+        """Run the reverse chain from x_T [B, C, H, W] to x_0 in [-1, 1], by `steps` network calls.
 
         x_T: N(0, I) noise, taken as x_t at the first time of the grid, which need not be T.
         draw_noise: a function that returns fresh N(0, I) noise for each step, of a shape that
@@ -558,8 +558,8 @@ class Attention(nn.Module):
         # Each pixel makes a query, a key and a value. The channels are split among heads, since one
         # softmax gives one weighting of the other pixels: several heads look at several things.
         qkv = self.qkv(self.norm(h))  # [B, 3 C, H, W]
-        split = 'b (qkv heads d) y x -> qkv b heads (y x) d'
-        query, key, value = rearrange(qkv, split, qkv=3, heads=self.heads)
+        split = 'b (three heads d) y x -> three b heads (y x) d'
+        query, key, value = rearrange(qkv, split, three=3, heads=self.heads)
 
         # softmax(query key^T / sqrt(d)) value: a mean of the values of all pixels, weighted by how
         # well their keys fit the query. sqrt(d) keeps the softmax from saturating as d grows.
@@ -634,11 +634,11 @@ class UNet(nn.Module):
     ):
         super().__init__()
         self.channels = channels
-        self.bfloat16 = False  # whether products are in it, but the last ones (section 7 decides)
+        self.bfloat16 = False  # whether convolutions and the like use it (section 7 decides)
 
         # GroupNorm subtracts from each group of channels their mean over all pixels. Many groups of
-        # few channels lose the image's mean colour: that of what small networks draw then drifts
-        # (NOTES 4). So small networks have one group, and from 128 channels on the paper's 32.
+        # few channels lose the mean colour of the image: small networks then draw in colours that
+        # drift (NOTES 4). So they have one group, and networks from 128 channels on the paper's 32.
         groups = 32 if channels >= 128 else 1
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
@@ -672,9 +672,9 @@ class UNet(nn.Module):
             [new_block(width, width, heads), new_block(width, width, 0)]
         )
 
-        # The way up: the levels in reverse, with one block for each map stored there. That is one
-        # more than on the way down: the level also stored what came into it, from the stem or from
-        # a halving. Doubling repeats the pixels, and a convolution smooths them.
+        # The way up: the levels in reverse, with a block for each stored map of a level. These are
+        # the outputs of its blocks on the way down, and what came into it, from the stem or from a
+        # halving. Doubling repeats the pixels, and a convolution smooths them.
         for level, multiplier in reversed(list(enumerate(multipliers))):
             own_heads = heads if size // 2**level in attention else 0
             for _ in range(blocks + 1):
@@ -801,9 +801,9 @@ class DiffuseVAE(nn.Module):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
         # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but the loss
         # depends on the time most of all, so that a batch of many small times has a large loss.
-        # Here the i-th image has a time from the i-th of B equal parts of [0, T): so batches are
-        # alike. Which images come first is random: so each image's time is uniform. (The clamp is
-        # against rounding to T.)
+        # Here the i-th image of a batch has a time from the i-th of B equal parts of [0, T): so
+        # batches are alike. As every image may be the i-th, its times are uniform all the same.
+        # (The clamp is against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
@@ -836,8 +836,8 @@ class DiffuseVAE(nn.Module):
             for name, value in condition.items():
                 condition[name] = torch.einsum('b,b...->b...', keep, value)  # keep[i] value[i]
 
-        # Noise the image itself, also where y, and the draft, is its grey or a part of it. Predict
-        # the noise.
+        # Add noise to the image x itself, not to y (of a grey y the colours are still to be learnt
+        # here), and predict the noise.
         x_0 = 2 * x - 1  # [B, C, H, W] in [-1, 1]
         eps_theta = partial(self.eps_theta, **condition)
         return {'loss': ddpm_loss(eps_theta, x_0, self.diffusion.alpha_bar, t, eps)}
@@ -848,8 +848,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: to be refined in place of the decoder's. If the U-Net sees z, z has to be the code
-        that it belongs to, else any will do;
+        draft: to be refined in place of the decoder's. z has then to be the code of this draft, if
+        the U-Net sees z, else any [B, z_dim] will do;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
