@@ -89,8 +89,8 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
 # (It bounds image and y together. Where y is the image itself, the image counts twice: as y in the
-# first line, which the VAE models, and as x_0 in the second. So it says what to train, and is no
-# likelihood of the image.)
+# first line, which the VAE models, and as x_0 in the second. So it says what to train; a bound of
+# log p(x_0) alone is in NOTES 7. The x_hat in q(x_1:T|...) is for Formulation 2, in section 4.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
@@ -115,11 +115,10 @@ def reparameterize(mu, logvar, eps):
 
 def kl_divergence(mu, logvar):
     """KL( N(mu, sigma^2) || N(0, I) ) of each example, in nats: [B, z_dim] -> [B]."""
-    # KL = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2),
-    # by E_q[z^2] = mu^2 + sigma^2 and E_q[(z - mu)^2 / sigma^2] = 1
+    # KL = E_q[log q(z) - log p(z)] = 1/2 sum_j (mu_j^2 + sigma_j^2 - 1 - log sigma_j^2)
     #
-    # It is E_q[log q(z) - log p(z)]. The logarithms are quadratic in z: of z only mean and variance
-    # are needed (NOTES 2.2).
+    # The logarithms are quadratic in z. So all that is needed of q is E_q[z^2] = mu^2 + sigma^2 and
+    # E_q[(z - mu)^2 / sigma^2] = 1 (NOTES 2.2).
     return 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1)
 
 
@@ -221,8 +220,8 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        The encoder sees y alone. All SIGNALS (at the end of this section) leave what is a y already
-        as it is: so a grey picture, for example, whose colours nobody knows, can be encoded, too.
+        The encoder sees y alone. All SIGNALS, at the end of this section, change nothing if applied
+        a second time: so a grey picture, for example, whose colours nobody knows, can be encoded.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -308,7 +307,7 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     # would be left at the end.
     #
     # In float32 1 - alpha_bar, which is 1e-4 at first, would have three digits. That is enough for
-    # the loss, but samplers divide such numbers by one another.
+    # the loss; but samplers need more such differences, as beta = 1 - alpha_bar / alpha_bar_prev.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -365,10 +364,10 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     # x_prev = mean of q(x_prev|x_t, x_0_pred) + standard deviation * noise; no noise at the end,
     # where alpha_bar_prev is 1 and the small variance 0
     #
-    # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`: that of
-    # the true q(x_prev|x_t) lies in between. If all images were the same one, x_0 would be known:
-    # q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I), so would
-    # x_prev and x_t be. Two such Gaussians can be exchanged: x_prev given x_t would have the
+    # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`. Each is
+    # right in one of two extremes. If all images were the same one, x_0 would be known: the true
+    # step back q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I), so
+    # would x_prev and x_t be. Two such Gaussians can be exchanged: x_prev given x_t would have the
     # variance of x_t given x_prev, which is beta. Our default is small; the authors test CIFAR-10
     # and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
@@ -417,7 +416,7 @@ def quadratic_times(schedule, steps):
     #
     # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
     # 0.8 T. There sqrt(alpha_bar), the factor of x_0 in x_t, has just fallen below 0.039, for the
-    # linear schedule with T = 1000. This is t_start here, which suits other schedules, too.
+    # linear schedule with T = 1000. Here t_start is the first such time of any schedule.
     # (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error, which
     # is accepted.) A single step starts at T - 1, where `uniform_times` always does.
     T = len(schedule)
@@ -446,8 +445,9 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     # x_t ~ q(x_t|x_0),  loss = mean of (eps - eps_theta(x_t, t))^2
     #
     # In the second line of the bound (section 1) both chains are products over t: the model's is
-    # p(x_T) prod_t p(x_{t-1}|x_t) (all given x_hat, which is not written here); the forward one is
-    # prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors of the latter around (NOTES 2.7),
+    # p(x_T) prod_t p(x_{t-1}|x_t), whose factors are steps like `ddpm_step` (all given x_hat, which
+    # is not written here); the forward one is prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors
+    # of the latter around (NOTES 2.7),
     #
     #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
     #
@@ -459,12 +459,12 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     # So the second line is a sum of expectations: for t > 1 of -KL( q(x_{t-1}|x_t, x_0) ||
     # p(x_{t-1}|x_t) ); for t = 1 of log p(x_0|x_1); and one for x_T, with nothing to learn in it.
     #
-    # Each KL is of two Gaussians, with the mean of `q_posterior` for x_0 and for x_0_pred, here not
-    # clipped: the squared difference of the means over twice the variance of p(x_{t-1}|x_t), plus a
-    # constant. An error e of eps is one of e sqrt(1 - alpha_bar_t) / sqrt(alpha_bar_t) in x_0_pred,
-    # and that times weight_of_x_0 in the mean. So the KL is w_t e^2 + constant, with w_t = beta_t^2
-    # / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the small variance w_t falls from 0.6 at
-    # t = 2 to 0.01 at t = 100, and is at most that from there on.
+    # Each KL compares two Gaussians, with the means that `q_posterior` has for x_0 and for x_0_pred
+    # (here not clipped). It is the squared difference of these means over twice the variance of
+    # p(x_{t-1}|x_t), plus a constant. An error e of eps is one of e sqrt(1 - alpha_bar_t) /
+    # sqrt(alpha_bar_t) in x_0_pred, and that times weight_of_x_0 in the mean. So the KL is
+    # w_t e^2 + constant, w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the
+    # small variance w_t falls from 0.6 at t = 2 to 0.01 at t = 100, and stays below.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -638,7 +638,7 @@ class UNet(nn.Module):
 
         # GroupNorm subtracts from each group of channels their mean over all pixels. Many groups of
         # few channels lose the mean colour of the image: small networks then draw in colours that
-        # drift (NOTES 4). So they have one group, and networks from 128 channels on the paper's 32.
+        # drift (NOTES 4). So they have one group. From 128 channels up there are the paper's 32.
         groups = 32 if channels >= 128 else 1
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
@@ -690,8 +690,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (Even when it
-        # is disabled, autocast wants a type of device that it knows: 'cpu' is one.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (Disabled it
+        # does nothing, but still wants a type of device that it knows, such as 'cpu'.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -802,8 +802,8 @@ class DiffuseVAE(nn.Module):
         # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but the loss
         # depends on the time most of all, so that a batch of many small times has a large loss.
         # Here the i-th image of a batch has a time from the i-th of B equal parts of [0, T): so
-        # batches are alike. As every image may be the i-th, its times are uniform all the same.
-        # (The clamp is against rounding to T.)
+        # batches are alike. Images are drawn at random, and any may be the i-th: so its times are
+        # uniform all the same. (The clamp is against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
@@ -848,8 +848,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: to be refined in place of the decoder's. z has then to be the code of this draft, if
-        the U-Net sees z, else any [B, z_dim] will do;
+        draft: to be refined in place of the decoder's. z has then to be its code, as from `encode`,
+        if the U-Net sees z, else any [B, z_dim] will do;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
