@@ -878,22 +878,22 @@ class DiffuseVAE(nn.Module):
 
 
 # ==== PART 2: RUNNING IT ==========================================================================
-# What a training run needs besides the method: images, settings, a loop, and pictures to look at.
+# What a run needs besides the method: images, settings, a loop that trains, and sampling.
 
 
 class UserError(Exception):
-    """An error that the user can fix, in an option, a file or a folder: `main` prints one line.
+    """An error that the user can fix: `main` prints it in one line.
 
     An error of another kind is a bug, and keeps its traceback.
     """
 
 
 # ==== 5. DATA, and what is printed and written ====================================================
-# A set of images is a tensor of bytes in memory: even CelebA-HQ at 256x256 is only 5.9 GB. It gives
-# batches in [0, 1], for the VAE; section 4 maps them to [-1, 1] for the diffusion model. Held-out
+# A set of images is a tensor of bytes in memory: even CelebA-HQ at 256x256 is only 5.9 GB. Batches
+# are in [0, 1], for the VAE; section 4 maps them to [-1, 1] for the diffusion model. Held-out
 # images never enter training: they are a test split, 5% of a folder, or shapes drawn with another
-# seed. Every loader returns its images in random order, the same each time: so the first n of them
-# are a fair sample of the set, and a command that needs a few pictures reads only a few files.
+# seed. Every loader returns its images in a fixed random order: the first n are a fair sample of
+# the set, and a command that needs a few pictures reads only a few files.
 #
 # The built-in shapes need no download. A VAE learns their outline, place, size and colours in
 # minutes and blurs their stripes, which the diffusion model restores: so a laptop shows what the
@@ -911,8 +911,8 @@ def make_generator(*key):
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-# Which of how many processes this one is: torchrun says so. (A RANK that some other program left in
-# the environment does not count: a lone process would take itself for a second, and save nothing.)
+# The number of this process, and how many there are, as torchrun says. (With a RANK that another
+# program left in the environment a lone process would take itself for a second, and save nothing.)
 TORCHRUN = 'TORCHELASTIC_RUN_ID' in os.environ
 RANK = int(os.environ['RANK']) if TORCHRUN else 0
 WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
@@ -921,7 +921,7 @@ WORLD = int(os.environ['WORLD_SIZE']) if TORCHRUN else 1
 class Progress:
     """A line of progress: rewritten in place on a terminal, elsewhere one every ten seconds."""
 
-    due = 0.0  # when the next line may be printed, by the clock below
+    due = 0.0  # the earliest time of the next line
 
     def show(self, text, end=False):
         """Print the line, or drop it if the last one is too recent and this is not the end."""
@@ -933,6 +933,9 @@ class Progress:
         if terminal:  # a line that is longer than the terminal is wide could not be rewritten
             text = f'\r{text[: os.get_terminal_size().columns - 1]}\x1b[K'
         print(text, end='' if terminal and not end else '\n', flush=True)
+
+
+PROGRESS = Progress()
 
 
 def complain(text):
@@ -949,11 +952,11 @@ class Images:
     attributes: dict
 
     def batch(self, indices):
-        """The images of those indices, or of a slice: floats in [0, 1], [B, C, H, W]."""
+        """Images by their indices, or a slice: floats in [0, 1], [B, C, H, W]."""
         return self.pixels[indices].float() / 255
 
 
-KINDS = ('wide', 'circle', 'tall')  # of shapes: a wide bar, a circle and a tall bar
+KINDS = ('wide', 'circle', 'tall')  # a wide bar, a circle and a tall bar
 
 
 def hsv_to_rgb(hue, saturation, value):
@@ -969,8 +972,8 @@ def draw_shapes(n, generator, size=32):
     Returns uint8 images [n, 3, size, size], and the factors behind them, each [n]: kind is 0, 1 or
     2 (see KINDS), the others lie in [0, 1].
     """
-    # Eight uniform numbers decide an image. The ranges are such that a Gaussian code can hold them:
-    # hues, for example, go from red to blue, as a whole circle of them would not fit (NOTES 4).
+    # Eight uniform numbers decide an image. Their ranges suit a Gaussian code: hues, for example,
+    # go from red to blue, since a whole circle of them would not fit into it (NOTES 4).
     u = torch.rand(8, n, 1, 1, generator=generator)
     kind = (3 * u[0]).long()
     hue = 0.7 * u[1]
@@ -1006,13 +1009,12 @@ def draw_shapes(n, generator, size=32):
 
 # The loaders are all called alike: with the name or the folder, the folder of downloads, height and
 # width, whether the training or the held-out images are wanted, and how many (None: all). Each uses
-# what it needs, and returns `Images`. A set that has only one size says so; facts like these are
-# nowhere else.
+# what it needs, and returns `Images`. A set that has only one size says so.
 
 
 def load_shapes(data, root, size, train, num):
     """20,000 shapes to train on, 2,000 held out, all drawn at once."""
-    # They are drawn as floats, several copies at once: larger ones would not fit into the memory.
+    # As floats, of which there are several copies, larger ones may not fit into the memory.
     if size > 64:
         raise UserError(f'--size {size}: --data shapes has up to 64 pixels a side')
     n = 20_000 if train else 2_000
@@ -1025,7 +1027,7 @@ def load_shapes(data, root, size, train, num):
 
 
 def download(dataset, data, root, **split):
-    """A set of torchvision, from the folder `root` or, if it is not there, from the network."""
+    """A set of torchvision, from the folder `root` or else from the network."""
     try:
         return dataset(root, download=True, **split)
     except Exception as error:  # those of gdown are of many kinds
@@ -1039,7 +1041,7 @@ def load_small_images(data, root, size, train, num):
     sets = {'mnist': datasets.MNIST, 'fashion': datasets.FashionMNIST, 'cifar10': datasets.CIFAR10}
     found = download(sets[data], data, root, train=train)
 
-    # MNIST is in the order in which it was collected, and its first digits are not like the rest.
+    # MNIST is in the order of its collection: its first digits differ from the rest.
     order = torch.randperm(len(found.data), generator=make_generator('order'))[:num]
     pixels = torch.as_tensor(found.data)[order]
     if data == 'cifar10':
@@ -1047,7 +1049,7 @@ def load_small_images(data, root, size, train, num):
     else:
         pixels = F.pad(pixels[:, None], (2, 2, 2, 2))  # 28x28 become [n, 1, 32, 32]
 
-    # Attributes: to be of a class, by torchvision's name of it, such as '3 - three' or 'truck'.
+    # An attribute for each class, by torchvision's name of it, such as '3 - three' or 'truck'.
     targets = torch.as_tensor(found.targets)[order]
     return Images(pixels, {name: targets == i for i, name in enumerate(found.classes)})
 
@@ -1061,14 +1063,14 @@ def read_picture(path, size, crop):
         picture.draft(None, (3 * size, 3 * size))  # JPEGs: decode no more than is needed
         picture = ImageOps.exif_transpose(picture)  # as the photographer held the camera
 
-    # Pillow's own conversion to 8 bits would clip. A file does not say how many of its 16 bits it
-    # uses: white is taken to be 65535, as the formats have it; so a folder's pictures compare.
+    # Pillow's own conversion to 8 bits would clip. White is 65535, as the formats define it, and
+    # not a picture's own maximum: so the pictures of a folder can be compared.
     if picture.mode == 'F':
         raise ValueError('its pixels are floats, of which nothing says what is white')
     if picture.mode.startswith('I'):
         picture = picture.convert('I').point(lambda value: value / 257 + 0.5).convert('L')
 
-    # What is transparent has a colour that nobody was meant to see: it becomes white.
+    # Transparent pixels have colours that nobody was meant to see: they become white.
     if picture.mode in ('LA', 'PA', 'RGBA') or 'transparency' in picture.info:
         picture = picture.convert('RGBA')
         picture = Image.alpha_composite(Image.new('RGBA', picture.size, 'white'), picture)
@@ -1084,7 +1086,7 @@ def read_pictures(paths, size, crop):
 
     C is 1 if all are grey, else 3. What cannot be read is counted in one line and left out.
     """
-    # Linux promises more memory than there is, and kills who uses it: better to ask before.
+    # Linux promises more memory than there is, and kills the process that uses it: so ask before.
     if hasattr(os, 'sysconf'):
         memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
         room = memory * 4 // 5 // (3 * size**2) // WORLD
@@ -1100,11 +1102,10 @@ def read_pictures(paths, size, crop):
             errors[i] = f'{paths[i]}: {error}'  # as text: the error itself holds the picture
 
     # Threads, since Pillow decodes outside of Python's lock. On Ctrl-C `map` drops what waits.
-    progress = Progress()
-    progress.due = time.monotonic() + 3  # by when a small folder is read
+    PROGRESS.due = time.monotonic() + 3  # no line for a small folder
     with ThreadPoolExecutor() as pool:
         for i, _ in enumerate(pool.map(read, range(len(paths)))):
-            progress.show(f'reading pictures: {i + 1} of {len(paths)}')
+            PROGRESS.show(f'reading pictures: {i + 1} of {len(paths)}')
 
     good = [i for i in range(len(paths)) if i not in errors]
     if errors:
@@ -1133,9 +1134,9 @@ def load_celeba(data, root, size, train, num):
 
 
 def load_folder(data, root, size, train, num):
-    """Training or held-out pictures of the folder `data`, in an order by their names alone."""
-    # Hidden files are passed over, and links are followed. A link may lead back up, or two to one
-    # file: of each file one name counts, so that no picture is both trained on and held out.
+    """Training or held-out pictures of the folder `data`, ordered by a hash of their names."""
+    # Hidden files are passed over, and links are followed. Two links may lead to one file: each
+    # file counts once, so that no picture is both trained on and held out.
     names = sorted(glob.glob('**/*.*', root_dir=data, recursive=True))
     one_name = {os.path.realpath(f'{data}/{name}'): name for name in names}
 
@@ -1145,9 +1146,9 @@ def load_folder(data, root, size, train, num):
     if len(pictures) < 2:
         raise UserError(f'--data {data}: not {", ".join(DATA_SETS)}, nor a folder of 2 pictures')
 
-    # Held out is what has one of the lowest 5% of hashes. By a hash, not by chance: so held-out
-    # pictures stay held out when files are added (but the one of a very small folder). Sorted by it
-    # they are in random order, too.
+    # Held out are the pictures whose hash is in the lowest 5% of its range. So they stay held out
+    # when files are added (except in a very small folder, which holds out one all the same). To
+    # sort by the hash also shuffles.
     pictures.sort(key=seed_of)
     held_out = sum(seed_of(name) < 0.05 * 2**63 for name in pictures)
     held_out = min(max(1, held_out), len(pictures) - 1)
@@ -1163,7 +1164,7 @@ DATA_SETS |= dict.fromkeys(['mnist', 'fashion', 'cifar10'], load_small_images)
 def load_images(settings, train, num=None, channels=None):
     """The training or the held-out images of a run: all, or num in random order.
 
-    channels: of the model that they are for, if there is one; else as many as they have.
+    channels: of the model that they are for; None for as many as they have.
     """
     loader = DATA_SETS.get(settings.data, load_folder)
     found = loader(settings.data, settings.root, settings.size, train, num)
@@ -1177,7 +1178,7 @@ def load_images(settings, train, num=None, channels=None):
 
 def to_uint8(images):
     """Pixels for a file: [N, C, H, W] in [0, 1] -> uint8 on the CPU."""
-    # Rounded: truncated, as the authors do, all images would be half a grey level too dark.
+    # Rounded. The authors truncate, which darkens all images by half a grey level.
     return (255 * images).round().clamp(0, 255).byte().cpu()
 
 
@@ -1186,7 +1187,7 @@ def write_grid(path, rows, columns=()):
 
     Labels stand in the left margin, `columns` above the images.
     """
-    # A white sheet. Small images are enlarged; each has a margin of one of its pixels.
+    # Small images are enlarged; each has a margin of one of its pixels.
     width = rows[0][1].shape[3]
     scale = max(1, 64 // width)
     cell = scale * (width + 1)  # from one image to the next
@@ -1197,7 +1198,6 @@ def write_grid(path, rows, columns=()):
     for i, label in enumerate(columns):
         draw.text((left + (i + 0.5) * cell, 2), label, 'black', anchor='mt')
 
-    # Row by row, a label and the images.
     for i, (label, images) in enumerate(rows):
         draw.text((4, top + (i + 0.5) * cell), label, 'black', anchor='lm')
         for j, pixels in enumerate(to_uint8(images)):
@@ -1208,9 +1208,9 @@ def write_grid(path, rows, columns=()):
 
 def write_atomically(path, write):
     """Call write(file) such that `path` becomes the whole new file, or stays the old one."""
-    # Written in memory, then beside the file, then renamed: a name never stands for half a file. (A
-    # full disk is then the system's error, in one line; torch's own would be another.) A run that
-    # is killed in between leaves one .part, which the next writing replaces.
+    # Written in memory, then beside the file, then renamed: a name never stands for half a file,
+    # and a full disk is an OSError, which `main` reports. A run that is killed in between leaves
+    # one .part, which the next writing replaces.
     content = io.BytesIO()
     write(content)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1224,11 +1224,11 @@ def write_atomically(path, write):
 
 # ==== 6. SETTINGS =================================================================================
 # One dataclass for training, one for all that generates images. A field is an option of the command
-# line, its sentence the help. Each command offers those options that it has a value for, and
-# argparse itself refuses all others. What is not typed for a training run comes from its checkpoint
-# or from a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
+# line, its sentence the help. Each command offers the options that its defaults name, and argparse
+# itself refuses all others. What is not typed for a training run comes from its checkpoint or from
+# a preset. `small` is ours and trains in minutes; the others have the paper's numbers.
 
-# Formulation 1, Formulation 2, and the baseline without drafts, and their names in files and rows.
+# The forms of stage 2, Formulations 1 and 2 and the baseline without drafts: their names in files.
 FORMS = {'1': 'form1', '2': 'form2', 'uncond': 'uncond'}
 
 
@@ -1241,7 +1241,7 @@ def flag(name):
 #
 # Our own preset, for minutes on a CPU: what both stages share, and what each has alone. Small
 # networks bear a much larger learning rate than the paper's, if it falls to 0 from the end of a
-# short warm-up on (NOTES 4). Nothing is mirrored: a folder may hold letters.
+# short warm-up on (NOTES 4). Nothing is mirrored: a folder may hold signs or text.
 BOTH = dict(data='shapes', root='data', size=32, flip=False, ema=0.9999, warmup=100, cooldown=1.0)
 BOTH |= dict(seed=0, parts=1, save_every=60.0, out=None, device=None)
 
@@ -1261,8 +1261,8 @@ def paper(data, size, vae, ddpm, multipliers, attention, dropout=0.1):
     vae, ddpm: (epochs, batch) of the stages. Where the authors' scripts and their YAML files
     differ, in batch, epochs, heads and dropout, the scripts count.
     """
-    # A checkpoint may have 2 GB, and its picture takes 50 network calls or more: save less often.
-    # How many steps the epochs are depends on the number of images: `train` knows.
+    # A checkpoint may take 2 GB, and its picture 50 network calls or more: save less often. `train`
+    # turns epochs into steps, when it knows the number of images.
     both = dict(data=data, size=size, save_every=600.0, steps=None, cooldown=0.0)
     large = size > 64
     stage_1 = dict(kl_weight=1.0, z_dim=1024 if large else 512, flip=large)
@@ -1273,7 +1273,7 @@ def paper(data, size, vae, ddpm, multipliers, attention, dropout=0.1):
     return {1: SMALL[1] | both | stage_1, 2: SMALL[2] | both | stage_2}
 
 
-PRESETS = {  # for celebahq --data has to be a folder of the images
+PRESETS = {  # celebahq needs --data, a folder of its images
     'small': SMALL,
     'cifar10': paper('cifar10', 32, (500, 128), (2850, 256), (1, 2, 2, 2), (16,), 0.3),
     'celeba64': paper('celeba', 64, (245, 128), (500, 128), (1, 2, 2, 2, 4), (4,)),
@@ -1325,7 +1325,7 @@ def option(meaning, low=-math.inf, high=math.inf, choices=None):
 
 @dataclass
 class Options:
-    """What both classes of options have in common. UserError for a value that cannot be."""
+    """What both classes of options have in common. Raises UserError if a value is invalid."""
 
     out: str = option('folder of the run (train: else runs/<data>)')
     form: str = option('formulation of stage 2, or uncond, the baseline', choices=FORMS)
@@ -1382,10 +1382,10 @@ def resolve(typed, before, path):
     """The settings of a run: what was typed, else the checkpoint's, else the preset's.
 
     typed: {option: value}; before: the settings that the checkpoint at `path` fixes, or {}; those
-    that it lacks take their defaults. UserError for what cannot be changed.
+    that it lacks take their defaults. Raises UserError if a fixed one was typed otherwise.
     """
-    # These may change: where files are (other images are refused when they are read), how long, on
-    # what and in how many parts is computed, and how often it is saved.
+    # These may change: the places of files (other images are refused when they are read), the
+    # length of the run, its device and parts, and how often it is saved.
     free = ('out', 'root', 'data', 'steps', 'parts', 'device', 'save_every')
     for name, value in typed.items():
         if name in before and name not in free and before[name] != value:
@@ -1406,7 +1406,7 @@ def refuse_what_does_not_fit(settings):
             raise UserError(f'--size {size}: a --preset has its own; small has multiples of 16')
         return
 
-    # As many cosines as sines need an even number of channels, and 32 groups a multiple of 32.
+    # The time embedding needs an even number of channels, and 32 groups need a multiple of 32.
     sizes = [size // 2**level for level in range(len(settings.multipliers))]
     divisor = 32 if settings.channels >= 128 else 2
     wrong = {
@@ -1422,10 +1422,10 @@ def refuse_what_does_not_fit(settings):
 
 @dataclass
 class SamplingOptions(Options):
-    """The settings of a command that generates images; None for what it has no use for."""
+    """The settings of a command that generates images; None for those that it does not use."""
 
     sampler: str = option('the rule of a step', choices=SAMPLERS)
-    spacing: str = option('of the times', choices=SPACINGS)
+    spacing: str = option('how the times are spaced', choices=SPACINGS)
     guidance: float = option('its weight, for models with --cond-drop', low=0, high=100)
     steps: int = option('steps, a network call each (two if guided)', low=1, high=1000)
     num: int = option('how many images; in a row, where there are rows', low=1)
@@ -1436,7 +1436,7 @@ class SamplingOptions(Options):
     picture: str = option('name of its pictures; no option of the command line')
 
 
-# What all commands that generate images have; what each has beside it is said in COMMANDS.
+# The defaults of all commands that generate images. COMMANDS adds what each has besides.
 SAMPLING = dict(out='runs/shapes', form=None, data=None, root=None, device=None, seed=0)
 SAMPLING |= dict(sampler='ddpm', spacing='quadratic', guidance=0.0, steps=50)
 
@@ -1445,13 +1445,13 @@ SAMPLING |= dict(sampler='ddpm', spacing='quadratic', guidance=0.0, steps=50)
 # A stage is a module: `forward` returns its losses, `random_inputs` draws what a step needs.
 #
 # Whatever is random in step s is a function of (seed, s) alone: which images, their noise, dropout
-# (of several processes each has masks of its own). So a run that is interrupted and resumed needs
-# no state of a generator, and makes the same weights as one that is not: on a CPU with as many
-# threads bit for bit.
+# (of several processes each has masks of its own). So a run that is resumed needs no state of a
+# generator, and makes the weights of one that was not interrupted: bit for bit on a CPU with the
+# same number of threads.
 
 
 def choose_device(name):
-    """The device of a name; without one CUDA, if there is one, else the CPU."""
+    """The device of a name, by default CUDA, if there is one, else the CPU; turns TF32 off."""
     # float32 means float32. TF32, which a GPU takes in its place for convolutions, rounds to 10
     # bits: an error of 0.05%, which `predict_x0` makes 8% at T.
     torch.backends.cudnn.allow_tf32 = False
@@ -1505,15 +1505,15 @@ def place(model, device):
 
 
 def checkpoint_path(out, form):
-    """Where the checkpoint of a form of stage 2 is; for None, that of stage 1."""
+    """The file of the checkpoint of a form of stage 2; for None, of stage 1."""
     name = 'stage1.pt' if form is None else f'stage2-{FORMS[form]}.pt'
     return Path(os.path.expanduser(out)) / name
 
 
 def load_checkpoint(path):
     """What `train` or `mixture_of_codes` saved, on the CPU; None if there is no such file."""
-    # weights_only: a pickle may hold code, and would run it. So a checkpoint from a stranger can be
-    # opened: it holds data and nothing else.
+    # A pickle may hold code, and would run it. With weights_only it is read as data and nothing
+    # else, so that a checkpoint from a stranger can be opened.
     if not path.exists():
         return None
     try:
@@ -1590,29 +1590,29 @@ def ema_update(averages, parameters, step, decay):
 
 
 def check_losses(losses, norm, step):
-    """Say so in words if a run cannot become good. UserError if it is lost.
+    """Warn if the code carries nothing; raise UserError if the run is lost.
 
     losses: means over the steps since the last check, by name; norm: the last gradient's.
     """
-    # What is not finite is in the weights for good, so that the last norm shows it.
+    # Weights that are not finite stay so: the last norm shows it.
     if not all(math.isfinite(value) for value in (*losses.values(), norm)):
         message = f'a loss or gradient in the steps up to {step} is not finite'
         raise UserError(f'{message}: start anew in another --out, with a lower --lr or --clip')
 
-    # A VAE can settle on one mean picture for all codes, where the decoder ignores z and the KL is
-    # 0. It rarely leaves that again.
+    # A VAE can collapse: the decoder ignores z and draws one mean picture, and the KL is 0. It
+    # rarely recovers from that.
     if step == 300 and losses.get('kl', 1) < 0.05:
         message = f'step {step}: the code carries nothing (KL {losses["kl"]:.2g} nats)'
         complain(f'warning: {message}: all drafts are alike; try a smaller --kl-weight')
 
 
 def find_run(typed, device):
-    """Where a run of `train` goes on from: (path, settings, checkpoint, `Trained` stage 1).
+    """What a run of `train` starts from: (path, settings, checkpoint, `Trained` stage 1).
 
-    typed: the options that were given. The checkpoint is None for a new run. Stage 1 is None but
-    for a new run of stage 2, which takes over its images and, but for the baseline, its VAE.
+    typed: the options that were given. The checkpoint is None for a new run. Stage 1 is None except
+    for a new run of stage 2, which takes over its images and, if it is not the baseline, its VAE.
     """
-    # A run is a folder, and a stage or form one checkpoint in it. If there is one, it goes on.
+    # A run is a folder, with a checkpoint for each stage and form. Where there is one, it goes on.
     stage = typed['stage']
     form = None if stage == 1 else typed.get('form', '1')
     data = typed.get('data') or PRESETS[typed.get('preset', 'small')][stage]['data']
@@ -1623,27 +1623,27 @@ def find_run(typed, device):
         return path, resolve(typed, before, path), saved, None
 
     # Else stage 2 begins where stage 1 ended. The baseline needs no stage 1; but if there is one,
-    # it takes the same images, to be compared on.
+    # it takes the same images, for a comparison.
     path_1 = checkpoint_path(path.parent, None)
     if stage == 1 or (form == 'uncond' and not path_1.exists()):
         return path, resolve(typed, {}, path), None, None
-    first = load(path.parent, None, device)
-    if first.step < first.settings.steps:
+    stage_1 = load(path.parent, None, device)
+    if stage_1.step < stage_1.settings.steps:
         complain(f'warning: {path_1} is not complete; its VAE is used as it is')
-    same = {name: getattr(first.settings, name) for name in ('preset', 'data', 'root', 'size')}
+    taken = {name: getattr(stage_1.settings, name) for name in ('preset', 'data', 'root', 'size')}
     if form != 'uncond':  # so its checkpoint has all of the VAE in it, whatever becomes of stage 1
-        same['vae'] = asdict(first.settings)
-    return path, resolve(typed, same, path_1), None, first
+        taken['vae'] = asdict(stage_1.settings)
+    return path, resolve(typed, taken, path_1), None, stage_1
 
 
-def new_model(settings, first, images, device):
-    """The module of a run at step 0. first: the `Trained` stage 1 that it builds on, or None."""
+def new_model(settings, stage_1, images, device):
+    """The module of a run at step 0. stage_1: the `Trained` that it builds on, or None."""
     # torch draws initial weights from its own generator: they are a function of the seed.
     torch.manual_seed(settings.seed)
     model = build(settings, images.pixels.shape[1])
     if settings.stage == 2:
-        if model.vae is not None and first is not None:
-            model.vae.load_state_dict(first.model.state_dict())
+        if model.vae is not None and stage_1 is not None:
+            model.vae.load_state_dict(stage_1.model.state_dict())
         return place(model, device)
 
     # The small VAE trains for minutes. With He's initial weights its blocks contribute from the
@@ -1654,8 +1654,8 @@ def new_model(settings, first, images, device):
                 nn.init.kaiming_normal_(conv.weight)
 
     # The encoder sees colours relative to the mean colour of y, and the decoder starts from it.
-    # Where most pixels are black, or white, training would else begin with driving the last sigmoid
-    # to where it is flat and passes no gradient to the code, before that says anything (NOTES 4).
+    # Where most pixels are black, or white, training would first drive the last sigmoid to its flat
+    # end, where no gradient reaches the code (NOTES 4).
     n = min(1000, 10**8 // images.pixels[0, 0].numel())  # x and y have at most 2.4 GB
     y = model.signal(images.batch(slice(n)))
     mean = y.mean(dim=(0, 2, 3)).clamp(0.01, 0.99)  # [C]
@@ -1677,27 +1677,26 @@ def rows_to_look_at(trained, held_out):
 
 def train(typed):
     """The command `train`: start, resume or extend a run. typed: the options that were given."""
-    # Both stages go through here; what tells them apart is in the module and its settings. First,
-    # what cannot be fails, before pictures are read.
+    # Both stages go through here; what tells them apart is in the module and its settings. Settings
+    # that do not fit are refused first, before pictures are read.
     device = choose_device(typed.get('device'))
-    path, settings, saved, first = find_run(typed, device)
+    path, settings, saved, stage_1 = find_run(typed, device)
     refuse_what_does_not_fit(settings)
     start = saved['step'] if saved else 0
     path.parent.mkdir(parents=True, exist_ok=True)
 
     # The images. A run goes on with those that it, or its stage 1, began with.
     images, held_out, facts = load_training_images(settings, path)
-    known = saved['images'] if saved else first.facts if first else facts
+    known = saved['images'] if saved else stage_1.facts if stage_1 else facts
     if not same_images(facts, known):
         raise UserError(f'--data {settings.data}: not the images that {path.parent} began with')
     if settings.steps is None:
         settings.steps = math.ceil(settings.epochs * facts['number'] / settings.batch)
-    progress = Progress()
     of = f'of {facts["number"]} images of --data {settings.data}'
-    progress.show(f'{path}: steps {start} to {settings.steps} on {device}, {of}', end=True)
+    PROGRESS.show(f'{path}: steps {start} to {settings.steps} on {device}, {of}', end=True)
 
     # The model, and its averaged copy, which is what samples are drawn with.
-    model = new_model(settings, first, images, device)
+    model = new_model(settings, stage_1, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     pairs = zip(averaged.parameters(), model.parameters())
@@ -1722,7 +1721,7 @@ def train(typed):
 
         # Adam divides a gradient by its usual size, which it does not know yet in the first steps:
         # the learning rate rises to its value, lest those steps be wild. If there is a cooldown, it
-        # falls to 0 at the end: large steps learn fast but stay away from the minimum by as much.
+        # falls to 0 at the end: large steps learn fast, but cannot settle in the minimum.
         # (A run that is extended goes on with the rate that the longer run has at this step.)
         rise = (step + 1) / settings.warmup
         fall = (settings.steps - step) / max(1, settings.cooldown * settings.steps)
@@ -1738,8 +1737,8 @@ def train(typed):
             (losses['loss'] / settings.parts).backward()
             recent.append(torch.stack(list(losses.values())).detach())
 
-        # A step of Adam. A gradient that is much longer than usual, from a rare batch, is cut to
-        # the length `clip`.
+        # A step of Adam. A gradient that is much longer than usual, from a rare batch, is scaled
+        # down to the norm `clip`.
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip)
         optimizer.step()
 
@@ -1762,7 +1761,7 @@ def train(typed):
         text = '  '.join(f'{name} {mean:.4g}' for name, mean in zip(losses, means))
         left = f'{(settings.steps - trained.step) / rate / 60:.1f} min left'
         text = f'step {trained.step}/{settings.steps}  {text}'
-        progress.show(f'{text}  {rate * settings.batch:.0f} images/s  {left}', end=last)
+        PROGRESS.show(f'{text}  {rate * settings.batch:.0f} images/s  {left}', end=last)
 
         # From time to time a checkpoint, with all that the next step depends on: a kill costs what
         # has been trained since the last one. And a picture, since a falling loss is no proof.
@@ -1776,7 +1775,7 @@ def train(typed):
             saved_at = time.monotonic()
 
     how = 'a larger --steps extends it, with the learning rate of a run of so many steps'
-    progress.show(f'complete; look at {path.with_suffix(".png")}; {how}', end=True)
+    PROGRESS.show(f'complete; look at {path.with_suffix(".png")}; {how}', end=True)
 
 
 # ==== 8. SAMPLING =================================================================================
@@ -1785,12 +1784,12 @@ def train(typed):
 # many are drawn. Noise is drawn on the CPU, so that it is the same for all devices.
 
 
-@dataclass(eq=False)  # so that it can be the key of a cache
+@dataclass(eq=False)  # hashable, for @cache
 class Trained:
     """A trained stage with its averaged weights: what all commands, and notebooks, draw with.
 
     Images and codes that its methods take and return are on the CPU, images [n, C, H, W] in [0, 1].
-    What makes codes or drafts raises UserError for the baseline, which has none.
+    `encode` and `decode` raise UserError for the baseline, which has no VAE.
     """
 
     path: Path  # of its checkpoint
@@ -1802,7 +1801,7 @@ class Trained:
 
     @property
     def chunk(self):
-        """How many images are drawn at once: 64, less above 64x64 pixels, 4 of 256x256."""
+        """How many images are drawn at once: 64, fewer above 64x64 pixels, 4 of 256x256."""
         return max(1, min(64, 512**2 // self.settings.size**2))
 
     @property
@@ -1834,12 +1833,12 @@ class Trained:
         return self.vae.decode(z.to(self.device)).cpu()
 
     def noise(self, n, generator):
-        """A function that draws new noise [n, C, H, W] at each call, with n = 1 one for all."""
+        """A function that draws new noise [n, C, H, W] at each call; n = 1: all images share it."""
         shape = (n, self.facts['channels'], self.settings.size, self.settings.size)
         return partial(torch.randn, shape, generator=generator)
 
     def shared_noise(self, seed, key='shared noise'):
-        """New `noise` that all images share in each step, which leaves z as their only difference.
+        """New `noise` that all images share in each step, so that only z differs.
 
         Make one for each painting: a used one does not start again.
         """
@@ -1865,19 +1864,19 @@ class Trained:
         images = self.model.generate(z.to(self.device), x_T, draw_noise, draft, **how)
         return {name: batch.cpu() for name, batch in images.items()}
 
-    def new_chunk(self, options, first):
-        """Images by name of the chunk of codes from the prior that begins with number `first`."""
-        generator = make_generator(options.seed, 'chunk', first // self.chunk)
+    def new_chunk(self, options, start):
+        """Images by name: the chunk of codes from the prior that begins with image `start`."""
+        generator = make_generator(options.seed, 'chunk', start // self.chunk)
         z = torch.randn(self.chunk, self.model.z_dim, generator=generator)
         if options.gmm is not None:  # z = m_k + L_k eps for a random k, with L_k L_k^T = S_k
             weights, means, factors = mixture_of_codes(self, options.gmm)
             k = torch.multinomial(weights, self.chunk, replacement=True, generator=generator)
             z = means[k] + torch.einsum('nij,nj->ni', factors[k], z)
-        return self.paint(options, z[: options.num - first], self.noise(self.chunk, generator))
+        return self.paint(options, z[: options.num - start], self.noise(self.chunk, generator))
 
     def new_images(self, options):
         """Images by name of options.num codes from the prior."""
-        chunks = [self.new_chunk(options, first) for first in range(0, options.num, self.chunk)]
+        chunks = [self.new_chunk(options, start) for start in range(0, options.num, self.chunk)]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
     def generate(self, num=8, z=None, draft=None, **chosen):
@@ -1902,14 +1901,15 @@ class Trained:
 
 
 def load(out='runs/shapes', form='1', device=None, data=None, root=None):
-    """The `Trained` form in the folder of a run; form None is stage 1 alone. UserError for none.
+    """The `Trained` form in the folder of a run; form None is stage 1. UserError if it is missing.
 
     data, root: where its images are now, if they have moved.
     """
     path = checkpoint_path(out, form)
     saved = load_checkpoint(path)
     if saved is None:
-        raise UserError(f'no {path}: first train --stage {2 if form else 1}, or give its --out')
+        how = f'--stage 2 --form {form}' if form else '--stage 1'
+        raise UserError(f'no {path}: first train {how}, or give its --out')
     settings = resolve({}, saved['settings'], path)
     settings = replace(settings, data=data or settings.data, root=root or settings.root)
 
@@ -1921,7 +1921,7 @@ def load(out='runs/shapes', form='1', device=None, data=None, root=None):
 
 
 def load_all(options):
-    """Yield the `Trained` forms of --out, or --form alone, to be compared with the first.
+    """Yield the `Trained` forms of --out, or --form alone, each checked against the first.
 
     UserError if there is none, or if the next is of other images or has another VAE.
     """
@@ -1956,41 +1956,40 @@ def write_pngs(trained, options):
     """Write single images, as <folder>/refined/000000.png and so on, and their drafts beside them.
 
     The folder's name says what was typed, and how long the model was trained. So files that exist
-    are kept, and an interrupted command goes on. Processes of torchrun share the chunks.
+    are valid, and an interrupted command goes on. Processes of torchrun share the chunks.
     """
     name = f'{options.picture}-{FORMS[trained.settings.form]}-trained{trained.step}'
     folder = trained.path.with_name(name)
 
     # Chunk by chunk, the refined images last: where they exist, their drafts do.
-    progress = Progress()
-    for first in range(RANK * trained.chunk, options.num, WORLD * trained.chunk):
-        numbers = range(first, min(first + trained.chunk, options.num))
+    for start in range(RANK * trained.chunk, options.num, WORLD * trained.chunk):
+        numbers = range(start, min(start + trained.chunk, options.num))
         if not all((folder / 'refined' / f'{i:06}.png').exists() for i in numbers):
-            for name, images in trained.new_chunk(options, first).items():
+            for name, images in trained.new_chunk(options, start).items():
                 for i, pixels in zip(numbers, to_uint8(images)):
                     save = partial(to_pil_image(pixels).save, format='png')
                     write_atomically(folder / name / f'{i:06}.png', save)
-        progress.show(f'{numbers.stop}/{options.num} images in {folder}')
-    progress.show(f'{options.num} images are in {folder}', end=True)
+        PROGRESS.show(f'{numbers.stop}/{options.num} images in {folder}')
+    PROGRESS.show(f'{options.num} images are in {folder}', end=True)
 
 
 # ==== PART 3: THE PAPER'S CLAIMS ==================================================================
 # z controls the image, the draft is tolerated when damaged, few calls suffice, a better prior gives
-# better images: each is a command that draws a picture or prints a table. NOTES 5 has the results.
+# better images: commands show each by a picture or a table. NOTES 5 has the results.
 
 # ==== 9. WHAT z CONTROLS ==========================================================================
 # A code and a noise make an image: z decides the layout, the noise the detail. `reconstruct` and
 # `chain` show it, `interpolate` and `edit` change one of the two, `robust` damages the draft in
-# between. All start from mean codes of held-out images, and give all images of a picture one noise,
-# so that what differs in them is what was changed.
+# between. All start from mean codes of held-out images, and give all images of a picture one noise
+# (except where it is the noise that changes), so that they differ by what was changed alone.
 
 
 def slerp(a, b, w):
     """From a (w = 0) to b (w = 1) along the arc between them: tensors, each as one vector."""
     # sin((1 - w) theta) / sin(theta) a + sin(w theta) / sin(theta) b, theta the angle of a and b
     #
-    # The mean of two noises has half of the variance that the network was trained on; on the arc
-    # it stays (NOTES 2.8). For parallel vectors the weights are 0 / 0: the cosine is kept below 1.
+    # The mean of two noises has half of the variance that the network was trained on; the arc keeps
+    # it (NOTES 2.8). For parallel vectors the weights are 0 / 0: the cosine is kept below 1.
     cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-0.9999, 0.9999)
     theta = cosine.acos()
     return (((1 - w) * theta).sin() * a + (w * theta).sin() * b) / theta.sin()
@@ -2013,7 +2012,7 @@ def reconstruct(options):
     trained, x, mu = load_for_pictures(options, options.num)
     rows = [('image', x)]
     if trained.vae.signal is not SIGNALS['image']:
-        rows.append(('y', trained.vae.signal(x)))  # what the VAE models of it
+        rows.append(('y', trained.vae.signal(x)))
     rows += trained.paint(options, mu, trained.shared_noise(options.seed)).items()
     trained.write_picture(options.picture, rows)
 
@@ -2114,7 +2113,7 @@ def robust(options):
 
     # At strength s: noise of deviation s / 2; a blur of 6 s pixels (and 0.01, as 0 is not allowed);
     # a share s of the blocks of 4x4 pixels, replaced by the mean. The diffusion model saw none of
-    # them in training. (z stays as it is, for a model that is shown it, too.)
+    # them in training. (z is not changed, also where the U-Net sees it.)
     noisy = (draft + 0.5 * s * torch.randn(draft.shape, generator=generator)).clamp(0, 1)
     blurred = torch.cat([gaussian_blur(draft, 31, 0.01 + 6 * v.item()) for v in strengths])
     blocks = torch.rand(1, 1, draft.shape[2] // 4, draft.shape[3] // 4, generator=generator)
@@ -2147,7 +2146,7 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
     """The distance of two sets [N, C, R, R] at each level of the Laplacian pyramid, times 1000.
 
     patches: of each image; directions: on which they are projected. Returns [levels]. Source:
-    Karras et al., 2018. It needs no pretrained network; it is not FID, nor comparable.
+    Karras et al., 2018. It needs no pretrained network, and cannot be compared with FID.
     """
     # In one dimension the Wasserstein distance of two samples is the mean absolute difference of
     # their sorted values. Patches of 7x7 pixels have 49 C dimensions: so it is averaged over random
@@ -2180,9 +2179,9 @@ def sliced_wasserstein(images, real, patches=64, directions=128):
 def em_step(z, r, ridge=1e-6):
     """One step of EM for a mixture of K Gaussians.
 
-    z: [N, D], in float64; r: responsibilities [N, K]. Returns ((w [K], m [K, D], S [K, D, D]), the
-    new r [N, K], likelihood []): the mixture that fits z and r, and by this mixture the
-    responsibilities for z and its mean log-likelihood.
+    z: [N, D], in float64; r: responsibilities [N, K]. Returns (mixture, r, likelihood): the mixture
+    (w [K], m [K, D], S [K, D, D]) that fits z and r, and by this mixture the new responsibilities
+    [N, K] and the mean log-likelihood of z, [].
     """
     # N_k = sum_n r_nk,  w_k = N_k / N,  m_k = sum_n r_nk z_n / N_k,
     # S_k = sum_n r_nk (z_n - m_k)(z_n - m_k)^T / N_k + ridge I, which else is singular if N_k < D;
@@ -2200,8 +2199,8 @@ def em_step(z, r, ridge=1e-6):
 
 def fit_mixture(z, K, generator):
     """Fit K Gaussians to z [N, D]: (weights [K], means [K, D], covariances [K, D, D])."""
-    # EM finds the maximum that is near its start. Start with k-means: every z to its nearest mean,
-    # every mean to the middle of its z.
+    # EM finds a maximum near its start. So start with k-means: every z to its nearest mean, every
+    # mean to the middle of its z.
     means = z[torch.randperm(len(z), generator=generator)[:K]]
     for _ in range(10):
         nearest = torch.cdist(z, means).argmin(dim=1)
@@ -2210,19 +2209,18 @@ def fit_mixture(z, K, generator):
 
     # Then EM, from responsibilities that are not quite one or zero: no component starts empty.
     r = 0.99 * r + 0.01 / len(means)
-    progress = Progress()
     before = -math.inf
     for iteration in range(1, 101):
         mixture, r, likelihood = em_step(z, r.clamp(min=1e-12))  # none becomes empty
         done = iteration == 100 or likelihood - before < 1e-3  # nats a code
         text = f'--gmm {K}: step {iteration} of EM, log-likelihood {likelihood:.3f}'
-        progress.show(text, end=done)
+        PROGRESS.show(text, end=done)
         if done:
             return mixture
         before = likelihood
 
 
-@cache  # each is fitted once
+@cache
 def mixture_of_codes(trained, K):
     """Ex-PDE: (weights [K], means [K, z_dim], Cholesky factors) of Gaussians fitted to the codes.
 
@@ -2230,14 +2228,14 @@ def mixture_of_codes(trained, K):
     N(0, I), so some z ~ N(0, I) fall where the decoder was never trained. Codes from a mixture
     fitted to z ~ q(z|x_0) do so less often.
     """
-    # It takes a while, so it is kept beside the checkpoint, with weights of the VAE that it is for.
+    # It takes a while, so it is kept beside the checkpoint, with weights that identify its VAE.
     path = trained.path.with_name(f'mixture{K}.pt')
     of_vae = trained.vae.mu.weight.cpu()
     saved = load_checkpoint(path)
     if saved is not None and torch.equal(saved['of_vae'], of_vae):
         return saved['mixture']
 
-    # A covariance has z_dim eigenvalues: each covariance needs several times as many codes.
+    # Each covariance needs several times as many codes as it has eigenvalues, z_dim.
     number = max(5000, 4 * K * trained.vae.z_dim)
     images = trained.images(train=True, num=number)
     if not same_images(trained.facts | {'first': images.pixels[:8]}, trained.facts):
@@ -2250,8 +2248,7 @@ def mixture_of_codes(trained, K):
     weights, means, covariances = fit_mixture(z, K, generator)
     factors = torch.linalg.cholesky(covariances)
     mixture = [tensor.float().cpu() for tensor in (weights, means, factors)]
-    content = dict(settings=asdict(trained.settings), images=trained.facts)
-    content |= dict(of_vae=of_vae, mixture=mixture)
+    content = dict(settings=asdict(trained.settings), of_vae=of_vae, mixture=mixture)
     if RANK == 0:
         write_atomically(path, partial(torch.save, content))
     return mixture
@@ -2261,11 +2258,13 @@ def evaluate(options):
     """The command `evaluate`: distances of new images to held-out ones, by model and steps."""
     runs = list(load_all(options))
 
-    # The reference is a fair sample of the held-out images, since loaders return them in random
-    # order. The floor takes other training images for each seed.
+    # The first n held-out images are a fair sample. The floor takes other training images for each
+    # seed.
     held_out = runs[0].images(train=False, num=options.num)
     training = runs[0].images(train=True, num=options.num * options.seeds)
     num = min(len(held_out.pixels), len(training.pixels) // options.seeds)
+    if num == 0:
+        raise UserError(f'--seeds {options.seeds}: there are fewer training images')
     real = held_out.batch(slice(num))
     print(f'Distance to {num} held-out images (not FID): mean (lowest to highest seed; levels)')
 
@@ -2277,8 +2276,8 @@ def evaluate(options):
         span = f'({by_seed.min():.1f} to {by_seed.max():.1f}; {levels})'
         print(f'{name:34} {by_seed.mean():7.1f} {span}', flush=True)
 
-    # How far training images are: about as near as one can hope to come. It is not 0, as the sets
-    # are finite; nor may it be subtracted, as such distances do not add up.
+    # The distance of training images is about the best to hope for. It is not 0, as the sets are
+    # finite; nor may it be subtracted, as such distances do not add up.
     parts = [training.batch(slice(i * num, (i + 1) * num)) for i in range(options.seeds)]
     report('floor: training images', parts)
 
@@ -2300,9 +2299,8 @@ def evaluate(options):
 # ==== PART 4: THE COMMAND LINE ====================================================================
 
 # ==== 11. THE COMMAND LINE ========================================================================
-# COMMANDS says which function runs a command, and which options it has, with their defaults. Those
-# of `train` and their defaults depend on stage, form and preset. argparse refuses all others in its
-# own words.
+# COMMANDS says which function runs a command, and which options it has, with their defaults; those
+# of `train` come from its preset.
 
 PICTURE = SAMPLING | dict(num=8)
 NEW_IMAGES = SAMPLING | dict(num=64, gmm=None)
@@ -2348,14 +2346,14 @@ def add_options(parser, options_class, defaults):
 
 def parse(argv):
     """The function of the command, and its options. UserError for bad ones."""
-    # Which options `train` has depends on stage, form and preset: these have to be known first, and
-    # a preset other than `small` typed for stage 2, too, to type its --epochs or read its help. All
-    # else is left for the parser below.
-    first = Parser(add_help=False, allow_abbrev=False)
-    first.add_argument('--stage', type=int, choices=(1, 2), default=1)
-    first.add_argument('--form')
-    first.add_argument('--preset', choices=PRESETS, default='small')
-    chosen, _ = first.parse_known_args(argv)
+    # Which options `train` has depends on stage, form and preset: these have to be known first. (So
+    # --preset is to be typed for stage 2, too, if its --epochs are to be changed.) All else is left
+    # for the parser below.
+    before = Parser(add_help=False, allow_abbrev=False)
+    before.add_argument('--stage', type=int, choices=(1, 2), default=1)
+    before.add_argument('--form')
+    before.add_argument('--preset', choices=PRESETS, default='small')
+    chosen, _ = before.parse_known_args(argv)
     of_train = {'stage': None, 'preset': 'small'} | PRESETS[chosen.preset][chosen.stage]
     if chosen.stage == 2 and chosen.form == 'uncond':  # it has no z to show, no draft to withhold
         del of_train['z_cond'], of_train['cond_drop']
@@ -2372,7 +2370,8 @@ def parse(argv):
     command = typed.pop('command')
     run, defaults, _ = COMMANDS[command]
 
-    # A picture, or a folder of them, is named after what was typed: another --num replaces it.
+    # A picture, or a folder of them, is named after what was typed, except --num and the places of
+    # files: another --num replaces it.
     unnamed = ('out', 'form', 'data', 'root', 'device', 'num', 'png')
     named = [f'{name}={typed[name]}' for name in sorted(typed) if name not in unnamed]
     picture = quote('-'.join([command, *named]), safe='=')
@@ -2393,7 +2392,8 @@ def main(argv=None):
         return 130
     except (UserError, OSError, torch.cuda.OutOfMemoryError) as error:
         is_full = isinstance(error, torch.cuda.OutOfMemoryError) and run is train
-        complain(f'error: {error}{"; train --parts 2, or more, needs less" if is_full else ""}')
+        hint = '; train --parts 2, or more, needs less' if is_full else ''
+        complain(f'error: {error}{hint}')
         return 2
     finally:
         if torch.distributed.is_initialized():
@@ -2402,5 +2402,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='backslashreplace')  # it may lack the letters of a path
+    sys.stdout.reconfigure(errors='backslashreplace')  # a console may lack the letters of a path
     sys.exit(main())
