@@ -2048,10 +2048,10 @@ def chain(options):
         passed = []
         own = options if run.model.vae is not None else replace(options, guidance=0.0)
         images = run.paint(own, mu, run.shared_noise(options.seed), passed=passed)
-        passed.reverse()
-        for i, label in enumerate((FORMS[run.settings.form], 'x_0_pred')):
-            states = torch.cat([passed[k][i] for k in picked]).cpu()
-            rows.append((label, torch.cat([images['refined'], (states + 1) / 2])))
+        x_t, x_0_pred = zip(*reversed(passed))
+        for label, states in ((FORMS[run.settings.form], x_t), ('x_0_pred', x_0_pred)):
+            shown = torch.cat([states[i] for i in picked]).cpu()
+            rows.append((label, torch.cat([images['refined'], (shown + 1) / 2])))
     trained.write_picture(options.picture, rows, columns)
 
 
@@ -2235,7 +2235,8 @@ def mixture_of_codes(trained, K):
     if saved is not None and torch.equal(saved['of_vae'], of_vae):
         return saved['mixture']
 
-    # Each covariance needs several times as many codes as it has eigenvalues, z_dim.
+    # Each covariance needs several times as many codes as it has eigenvalues, z_dim. (As not all of
+    # the images may be read, their number is not compared.)
     number = max(5000, 4 * K * trained.vae.z_dim)
     images = trained.images(train=True, num=number)
     if not same_images(trained.facts | {'first': images.pixels[:8]}, trained.facts):
