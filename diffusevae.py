@@ -220,8 +220,8 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        The encoder sees y alone. All SIGNALS, at the end of this section, change nothing if applied
-        a second time: so a grey picture, for example, whose colours nobody knows, can be encoded.
+        The encoder sees the y of x alone. All SIGNALS, at the end of this section, leave their y as
+        it is: so x may itself be a y, such as a grey picture of unknown colours.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -307,7 +307,7 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     # would be left at the end.
     #
     # In float32 1 - alpha_bar, which is 1e-4 at first, would have three digits. That is enough for
-    # the loss; but samplers need more such differences, as beta = 1 - alpha_bar / alpha_bar_prev.
+    # the loss; the samplers' beta, 1 - alpha_bar / alpha_bar_prev, needs more.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -366,10 +366,10 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     #
     # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`. Each is
     # right in one of two extremes. If all images were the same one, x_0 would be known: the true
-    # step back q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I), so
-    # would x_prev and x_t be. Two such Gaussians can be exchanged: x_prev given x_t would have the
-    # variance of x_t given x_prev, which is beta. Our default is small; the authors test CIFAR-10
-    # and CelebA-64 with large.
+    # step back q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I),
+    # then x_prev and x_t, too, would be N(0, I), and jointly Gaussian. Such a pair is symmetric:
+    # x_prev given x_t has the variance of x_t given x_prev, which is beta. Our default is small;
+    # the authors test CIFAR-10 and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -416,7 +416,7 @@ def quadratic_times(schedule, steps):
     #
     # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
     # 0.8 T. There sqrt(alpha_bar), the factor of x_0 in x_t, has just fallen below 0.039, for the
-    # linear schedule with T = 1000. Here t_start is the first such time of any schedule.
+    # linear schedule with T = 1000. Here t_start is the first such time of the schedule given.
     # (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error, which
     # is accepted.) A single step starts at T - 1, where `uniform_times` always does.
     T = len(schedule)
@@ -464,7 +464,7 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     # p(x_{t-1}|x_t), plus a constant. An error e of eps is one of e sqrt(1 - alpha_bar_t) /
     # sqrt(alpha_bar_t) in x_0_pred, and that times weight_of_x_0 in the mean. So the KL is
     # w_t e^2 + constant, w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the
-    # small variance w_t falls from 0.6 at t = 2 to 0.01 at t = 100, and stays below.
+    # small variance w_t is 0.6 at t = 2, 0.01 at t = 100, and from 0.005 to 0.01 from there on.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -559,7 +559,7 @@ class Attention(nn.Module):
         # softmax gives one weighting of the other pixels: several heads look at several things.
         qkv = self.qkv(self.norm(h))  # [B, 3 C, H, W]
         split = 'b (three heads d) y x -> three b heads (y x) d'
-        query, key, value = rearrange(qkv, split, three=3, heads=self.heads)
+        query, key, value = rearrange(qkv, split, three=3, heads=self.heads)  # [B, heads, H W, d]
 
         # softmax(query key^T / sqrt(d)) value: a mean of the values of all pixels, weighted by how
         # well their keys fit the query. sqrt(d) keeps the softmax from saturating as d grows.
@@ -690,8 +690,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (Disabled it
-        # does nothing, but still wants a type of device that it knows, such as 'cpu'.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (When it is off,
+        # the type of device does not matter, but has to be one that autocast knows.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
@@ -848,8 +848,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: to be refined in place of the decoder's. z has then to be its code, as from `encode`,
-        if the U-Net sees z, else any [B, z_dim] will do;
+        draft: to be refined in place of the decoder's. A U-Net that sees z needs the code of this
+        draft, as from `encode`, beside it; others do not look at z, which may be any [B, z_dim];
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
