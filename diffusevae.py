@@ -690,8 +690,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (When it is off,
-        # the type of device does not matter, but has to be one that autocast knows.)
+        # Where the device is fast at bfloat16, autocast computes the products in it. (When off, the
+        # type of device does not matter, but has to be one that autocast knows.)
         device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
