@@ -1237,13 +1237,12 @@ def flag(name):
     return '--' + name.replace('_', '-')
 
 
-# A preset has all settings of stage 1 and all of stage 2: so it also says which options there are.
+# A preset has the settings of stage 1 and of stage 2, and so says which options each has. What both
+# stages share is the default of its field, below, unless a preset has another.
 #
-# Our own preset, for minutes on a CPU: what both stages share, and what each has alone. Small
-# networks bear a much larger learning rate than the paper's, if it falls to 0 from the end of a
-# short warm-up on (NOTES 4). Nothing is mirrored: a folder may hold signs or text.
-BOTH = dict(data='shapes', root='data', size=32, flip=False, ema=0.9999, warmup=100, cooldown=1.0)
-BOTH |= dict(seed=0, parts=1, save_every=60.0, out=None, device=None)
+# Our own preset, for minutes on a CPU. Small networks bear a much larger learning rate than the
+# paper's, if it falls to 0 from the end of a short warm-up on (NOTES 4).
+BOTH = dict(data='shapes', root='data', out=None, device=None)
 
 # By `negative_elbo` a weight of 0.2 is a decoder with variance 0.1, still an exact bound. The clip
 # only catches explosions, which the VAE's lack of normalisation allows (NOTES 4).
@@ -1318,9 +1317,9 @@ def vae_layout(settings):
     return encoder, decoder, {size: 16, 16: 32, 8: 64, 4: 128, 1: settings.z_dim}
 
 
-def option(meaning, low=-math.inf, high=math.inf, choices=None):
+def option(text, low=-math.inf, high=math.inf, choices=None, default=None):
     """A field of a dataclass of options. low, high: its range; choices: the values it may have."""
-    return field(default=None, metadata=dict(meaning=meaning, range=(low, high), choices=choices))
+    return field(default=default, metadata=dict(text=text, range=(low, high), choices=choices))
 
 
 @dataclass
@@ -1332,7 +1331,7 @@ class Options:
     data: str = option(f'{", ".join(DATA_SETS)}, or a folder of pictures')
     root: str = option('folder where the files of a named set are, or go')
     device: str = option('cpu, cuda, cuda:1, mps (default: cuda if there is one)')
-    seed: int = option('seed of weights, batches, z and noise', low=0, high=2**63 - 1)
+    seed: int = option('seed of weights, batches, z and noise', low=0, high=2**63 - 1, default=0)
 
     def __post_init__(self):
         for setting in fields(self):
@@ -1352,8 +1351,8 @@ class TrainingOptions(Options):
 
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
-    size: int = option('height and width of the images', low=16, high=4096)
-    flip: bool = option('mirror a random half of each batch')
+    size: int = option('height and width of the images', low=16, high=4096, default=32)
+    flip: bool = option('mirror a random half of each batch', default=False)  # it may hold text
     z_dim: int = option('numbers in the code z', low=2, high=65536)
     kl_weight: float = option('VAE: weight of the KL', low=0, high=1e9)
     signal: str = option('what the VAE models of an image', choices=SIGNALS)
@@ -1366,15 +1365,15 @@ class TrainingOptions(Options):
     z_cond: bool = option('U-Net: show it z besides the draft')
     cond_drop: float = option('share of images without draft, for guidance', low=0, high=0.99)
     batch: int = option('images a step, of all processes', low=1, high=1_000_000)
-    parts: int = option('parts of a step, one after the other, to save memory', low=1)
+    parts: int = option('parts of a step, one after the other, to save memory', low=1, default=1)
     epochs: int = option('passes over the images, where --steps is not given', low=1)
     steps: int = option('training steps (instead of --epochs, if any); more extend a run', low=1)
     lr: float = option("Adam's learning rate", low=0, high=1)
-    warmup: int = option('steps over which the learning rate rises', low=1)
-    cooldown: float = option('share of the steps, at the end, over which it falls', low=0, high=1)
+    warmup: int = option('steps over which the learning rate rises', low=1, default=100)
+    cooldown: float = option('share of the steps, the last, over which it falls', 0, 1, default=1.0)
     clip: float = option('largest norm of the gradient; inf for none', low=1e-6)
-    ema: float = option('decay of the averaged weights; 0 for none', low=0, high=1)
-    save_every: float = option('seconds between checkpoints', low=0)
+    ema: float = option('decay of the averaged weights; 0 for none', 0, 1, default=0.9999)
+    save_every: float = option('seconds between checkpoints', low=0, default=60.0)
     vae: dict = option('in stage 2, the settings of stage 1; no option of the command line')
 
 
@@ -1619,7 +1618,7 @@ def find_run(typed, device):
     path = checkpoint_path(typed.get('out', f'runs/{Path(data).name}'), form)
     saved = load_checkpoint(path)
     if saved is not None:  # what it lacks has its default, which cannot be changed either
-        before = PRESETS[saved['settings']['preset']][stage] | saved['settings']
+        before = asdict(resolve({}, saved['settings'], path))
         return path, resolve(typed, before, path), saved, None
 
     # Else stage 2 begins where stage 1 ended. The baseline needs no stage 1; but if there is one,
@@ -2336,7 +2335,7 @@ def add_options(parser, options_class, defaults):
         default = defaults[setting.name]
         shown = ','.join(map(str, default)) if isinstance(default, tuple) else default
         said = f' (default {shown})' if default not in (None, '', ()) else ''
-        how = {'help': setting.metadata['meaning'] + said, 'default': argparse.SUPPRESS}
+        how = {'help': setting.metadata['text'] + said, 'default': argparse.SUPPRESS}
         if setting.type is bool:
             parser.add_argument(flag(setting.name), action=argparse.BooleanOptionalAction, **how)
         else:
@@ -2355,7 +2354,8 @@ def parse(argv):
     before.add_argument('--form')
     before.add_argument('--preset', choices=PRESETS, default='small')
     chosen, _ = before.parse_known_args(argv)
-    of_train = {'stage': None, 'preset': 'small'} | PRESETS[chosen.preset][chosen.stage]
+    shared = {name: value for name, value in asdict(TrainingOptions()).items() if value is not None}
+    of_train = {'stage': None, 'preset': 'small'} | shared | PRESETS[chosen.preset][chosen.stage]
     if chosen.stage == 2 and chosen.form == 'uncond':  # it has no z to show, no draft to withhold
         del of_train['z_cond'], of_train['cond_drop']
 
