@@ -88,10 +88,6 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (It bounds image and y together. Where y is the image itself, the image counts twice: as y in the
-# first line, which the VAE models, and as x_0 in the second. So it says what to train; a bound of
-# log p(x_0) alone is in NOTES 7. The x_hat in q(x_1:T|...) is for Formulation 2, in section 4.)
-#
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
@@ -220,8 +216,7 @@ class VAE(nn.Module):
     def encode(self, x):
         """q(z|x_0) of images x [B, C, H, W] in [0, 1]: mu and logvar, each [B, z_dim].
 
-        The encoder sees the y of x alone. All SIGNALS, at the end of this section, leave their y as
-        it is: so x may itself be a y, such as a grey picture of unknown colours.
+        The encoder sees y alone, what the VAE models of x.
         """
         y = self.signal(x) - self.mean_colour  # [B, C, H, W]
         h = self.encoder(self.stem(y))  # [B, z_dim, 1, 1]
@@ -256,7 +251,8 @@ class VAE(nn.Module):
 
 
 # What the VAE models of an image, y in [0, 1], is any function of the image x [B, C, H, W]. Usually
-# it is y = x (`torch.clone`), as in the authors' code; the others are ours.
+# it is y = x (`torch.clone`), as in the authors' code; the others are ours. They leave what is a y
+# already as it is: so `encode` may be given a y in place of x, such as a grey picture.
 
 
 def grey(x):
@@ -306,8 +302,7 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     # The range of beta is made for T = 1000, where 4e-5 of the power is left; with T = 100 a third
     # would be left at the end.
     #
-    # In float32 1 - alpha_bar, which is 1e-4 at first, would have three digits. That is enough for
-    # the loss; the samplers' beta, 1 - alpha_bar / alpha_bar_prev, needs more.
+    # In float32 the first 1 - alpha_bar, 1e-4, would have only three digits: too few for samplers.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -365,11 +360,9 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     # where alpha_bar_prev is 1 and the small variance 0
     #
     # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`. Each is
-    # right in one of two extremes. If all images were the same one, x_0 would be known: the true
-    # step back q(x_prev|x_t) would be the posterior. If images were white noise, x_0 ~ N(0, I),
-    # then x_prev and x_t, too, would be N(0, I), and jointly Gaussian. Such a pair is symmetric:
-    # x_prev given x_t has the variance of x_t given x_prev, which is beta. Our default is small;
-    # the authors test CIFAR-10 and CelebA-64 with large.
+    # right in one of two extremes (NOTES 2.5): the small one if all images were the same, so that
+    # x_0 would be known, the large one if they were white noise. Our default is small; the authors
+    # test CIFAR-10 and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -414,11 +407,11 @@ def quadratic_times(schedule, steps):
     """`steps` distinct times of a schedule [T], denser towards 0: the paper's for few steps."""
     # t_i = (i / (steps - 1))^2 t_start
     #
-    # It is dense near 0, where fine detail is decided. The paper's, which is DDIM's, starts at
-    # 0.8 T. There sqrt(alpha_bar), the factor of x_0 in x_t, has just fallen below 0.039, for the
-    # linear schedule with T = 1000. Here t_start is the first such time of the schedule given.
-    # (The chain starts from N(0, I), although a true x_t would hold 0.039 x_0: a small error, which
-    # is accepted.) A single step starts at T - 1, where `uniform_times` always does.
+    # It is dense near 0, where fine detail is decided. It starts where the factor of x_0 in x_t,
+    # sqrt(alpha_bar), has fallen to 0.039: for the linear schedule with T = 1000 that is 0.8 T, as
+    # in the paper and in DDIM. (The chain starts from N(0, I), although a true x_t would hold 0.039
+    # x_0: a small error, which is accepted.) A single step starts at T - 1, where `uniform_times`
+    # always does.
     T = len(schedule)
     if steps == 1:
         return [T - 1]
@@ -444,27 +437,13 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """
     # x_t ~ q(x_t|x_0),  loss = mean of (eps - eps_theta(x_t, t))^2
     #
-    # In the second line of the bound (section 1) both chains are products over t: the model's is
-    # p(x_T) prod_t p(x_{t-1}|x_t), whose factors are steps like `ddpm_step` (all given x_hat, which
-    # is not written here); the forward one is prod_t q(x_t|x_{t-1}). Bayes' rule turns the factors
-    # of the latter around (NOTES 2.7),
-    #
-    #     q(x_t|x_{t-1}) = q(x_{t-1}|x_t, x_0) q(x_t|x_0) / q(x_{t-1}|x_0)    for t > 1,
-    #
-    # and q(x_1|x_0), the factor of t = 1, cancels with the denominator of t = 2, q(x_2|x_0) with
-    # that of t = 3, and so on:
-    #
-    #     q(x_1|x_0) prod_{t > 1} q(x_t|x_{t-1}) = q(x_T|x_0) prod_{t > 1} q(x_{t-1}|x_t, x_0).
-    #
-    # So the second line is a sum of expectations: for t > 1 of -KL( q(x_{t-1}|x_t, x_0) ||
-    # p(x_{t-1}|x_t) ); for t = 1 of log p(x_0|x_1); and one for x_T, with nothing to learn in it.
-    #
-    # Each KL compares two Gaussians, with the means that `q_posterior` has for x_0 and for x_0_pred
-    # (here not clipped). It is the squared difference of these means over twice the variance of
-    # p(x_{t-1}|x_t), plus a constant. An error e of eps is one of e sqrt(1 - alpha_bar_t) /
-    # sqrt(alpha_bar_t) in x_0_pred, and that times weight_of_x_0 in the mean. So the KL is
-    # w_t e^2 + constant, w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)). With the
-    # small variance w_t is 0.6 at t = 2, 0.01 at t = 100, and from 0.005 to 0.01 from there on.
+    # By Bayes' rule the second line of the bound (section 1) becomes a sum over t of KLs: between
+    # the posterior q(x_{t-1}|x_t, x_0), the step back if the image were known, and the model's own
+    # step, which has x_0_pred (here not clipped) in place of the image. Gaussians of fixed
+    # variances differ by their means alone, and these means by the error of eps: so each KL is a
+    # constant plus w_t (eps - eps_theta)^2. With the small variance w_t is 0.6 at t = 2, 0.01 at t
+    # = 100, and from 0.005 to 0.01 from there on. NOTES 2.7 has all this in formulas, and the terms
+    # at both ends.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -672,9 +651,9 @@ class UNet(nn.Module):
             [new_block(width, width, heads), new_block(width, width, 0)]
         )
 
-        # The way up: the levels in reverse, with a block for each stored map of a level. These are
-        # the outputs of its blocks on the way down, and what came into it, from the stem or from a
-        # halving. Doubling repeats the pixels, and a convolution smooths them.
+        # The way up: the levels in reverse. A level has one block more than on the way down, as it
+        # has so many stored maps: that which came into it, and the outputs of its blocks. Doubling
+        # repeats the pixels, and a convolution smooths them.
         for level, multiplier in reversed(list(enumerate(multipliers))):
             own_heads = heads if size // 2**level in attention else 0
             for _ in range(blocks + 1):
@@ -690,9 +669,8 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it. (When off, the
-        # type of device does not matter, but has to be one that autocast knows.)
-        device_type = x_in.device.type if self.bfloat16 else 'cpu'
+        # Where the device is fast at bfloat16, autocast computes the products in it.
+        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # if off, any that it knows
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
             if self.z_mlp is not None:
@@ -799,11 +777,10 @@ class DiffuseVAE(nn.Module):
 
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
-        # Each image's time is uniform on 0 ... T - 1. DDPM draws them independently; but the loss
-        # depends on the time most of all, so that a batch of many small times has a large loss.
-        # Here the i-th image of a batch has a time from the i-th of B equal parts of [0, T): so
-        # batches are alike. Images are drawn at random, and any may be the i-th: so its times are
-        # uniform all the same. (The clamp is against rounding to T.)
+        # Times are uniform on 0 ... T - 1. DDPM draws them independently. Here the i-th of B images
+        # has its time from the i-th of B equal parts of [0, T): so each batch has small and large
+        # times, on which the loss depends most of all, and batches are alike. (Which image is the
+        # i-th is random, so that all meet all times. The clamp is against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
@@ -848,8 +825,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: to be refined in place of the decoder's. A U-Net that sees z needs the code of this
-        draft, as from `encode`, beside it; others do not look at z, which may be any [B, z_dim];
+        draft: to be refined in place of the decoder's. (Only a U-Net that sees z still looks at z,
+        which then should be the draft's code.)
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
