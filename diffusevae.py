@@ -88,6 +88,8 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
+# (To the model image and y are two variables, also where y is the image itself.)
+#
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
@@ -203,7 +205,7 @@ class VAE(nn.Module):
 
         # The mean colour of y over the training set is subtracted from what the encoder sees. The
         # buffer is set when training begins. (The authors do without. But where most pixels were
-        # white, z came to carry nothing, as if that constant drowned what differs: NOTES 4.)
+        # white, z came to carry nothing: NOTES 4.)
         self.register_buffer('mean_colour', torch.zeros(channels, 1, 1))
 
         self.stem = nn.Conv2d(channels, widths[size], 3, padding=1, bias=False)
@@ -251,8 +253,8 @@ class VAE(nn.Module):
 
 
 # What the VAE models of an image, y in [0, 1], is any function of the image x [B, C, H, W]. Usually
-# it is y = x (`torch.clone`), as in the authors' code; the others are ours. They leave what is a y
-# already as it is: so `encode` may be given a y in place of x, such as a grey picture.
+# it is y = x (`torch.clone`), as in the authors' code; the others are ours. To apply any of them
+# twice is the same as once: so `encode` may be given a y in place of x, such as a grey picture.
 
 
 def grey(x):
@@ -302,7 +304,8 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     # The range of beta is made for T = 1000, where 4e-5 of the power is left; with T = 100 a third
     # would be left at the end.
     #
-    # In float32 the first 1 - alpha_bar, 1e-4, would have only three digits: too few for samplers.
+    # In float32 the first 1 - alpha_bar, 1e-4, would have only three digits: enough for the loss,
+    # but too few for samplers.
     return torch.cumprod(1 - torch.linspace(beta_1, beta_T, T, dtype=torch.float64), dim=0)
 
 
@@ -361,8 +364,8 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     #
     # The "small" variance is the posterior's, the "large" one is the beta of `q_posterior`. Each is
     # right in one of two extremes (NOTES 2.5): the small one if all images were the same, so that
-    # x_0 would be known, the large one if they were white noise. Our default is small; the authors
-    # test CIFAR-10 and CelebA-64 with large.
+    # x_0 would be known, the large one if they were white noise of variance 1. Our default is
+    # small; the authors test CIFAR-10 and CelebA-64 with large.
     mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
         chosen = 1 - alpha_bar / alpha_bar_prev
@@ -407,11 +410,11 @@ def quadratic_times(schedule, steps):
     """`steps` distinct times of a schedule [T], denser towards 0: the paper's for few steps."""
     # t_i = (i / (steps - 1))^2 t_start
     #
-    # It is dense near 0, where fine detail is decided. It starts where the factor of x_0 in x_t,
-    # sqrt(alpha_bar), has fallen to 0.039: for the linear schedule with T = 1000 that is 0.8 T, as
-    # in the paper and in DDIM. (The chain starts from N(0, I), although a true x_t would hold 0.039
-    # x_0: a small error, which is accepted.) A single step starts at T - 1, where `uniform_times`
-    # always does.
+    # The grid is dense near 0, where fine detail is decided. The chain starts at t_start, where the
+    # factor of x_0 in x_t, sqrt(alpha_bar), has fallen to 0.039: for the linear schedule with
+    # T = 1000 that is 0.8 T, as in the paper and in DDIM. (It starts from N(0, I), although a true
+    # x_t would hold 0.039 x_0: a small error, which is accepted.) A single step, and a schedule
+    # that never falls so low, start at T - 1, where `uniform_times` always does.
     T = len(schedule)
     if steps == 1:
         return [T - 1]
@@ -437,13 +440,15 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     """
     # x_t ~ q(x_t|x_0),  loss = mean of (eps - eps_theta(x_t, t))^2
     #
-    # By Bayes' rule the second line of the bound (section 1) becomes a sum over t of KLs: between
-    # the posterior q(x_{t-1}|x_t, x_0), the step back if the image were known, and the model's own
-    # step, which has x_0_pred (here not clipped) in place of the image. Gaussians of fixed
-    # variances differ by their means alone, and these means by the error of eps: so each KL is a
-    # constant plus w_t (eps - eps_theta)^2. With the small variance w_t is 0.6 at t = 2, 0.01 at t
-    # = 100, and from 0.005 to 0.01 from there on. NOTES 2.7 has all this in formulas, and the terms
-    # at both ends.
+    # By Bayes' rule the second line of the bound (section 1) becomes minus a sum over t of KLs, and
+    # two terms for the ends (NOTES 2.7). Each KL compares the posterior q(x_{t-1}|x_t, x_0), the
+    # step back if the image were known, with the model's step, which has x_0_pred, here not
+    # clipped, in place of the image. Gaussians of fixed variances differ by their means alone, and
+    # these means by the error of eps: so each KL is a constant plus w_t (eps - eps_theta)^2, where
+    #
+    #     w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)):
+    #
+    # with the small variance 0.6 at t = 2, 0.01 at t = 100, from 0.005 to 0.01 from there on.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -565,7 +570,7 @@ class ResBlock(nn.Module):
         self.norm2 = nn.GroupNorm(groups, out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.skip = nn.Identity()  # past the branch, not from the way down
+        self.skip = nn.Identity()  # what the branch is added to
         if in_channels != out_channels:
             self.skip = nn.Conv2d(in_channels, out_channels, 1)
         self.attention = Attention(out_channels, heads, groups) if heads else nn.Identity()
@@ -622,8 +627,8 @@ class UNet(nn.Module):
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
         embed_dim = 4 * channels
-        common = dict(embed_dim=embed_dim, scale_shift=z_dim > 0)
-        new_block = partial(ResBlock, **common, groups=groups, dropout=dropout)
+        common = dict(embed_dim=embed_dim, scale_shift=z_dim > 0, groups=groups, dropout=dropout)
+        new_block = partial(ResBlock, **common)
 
         self.time_mlp = embedding_mlp(channels, embed_dim)
         self.z_mlp = embedding_mlp(z_dim, embed_dim) if z_dim else None
@@ -670,7 +675,7 @@ class UNet(nn.Module):
 
     def forward(self, x_in, t, z=None):
         # Where the device is fast at bfloat16, autocast computes the products in it.
-        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # if off, any that it knows
+        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # of no effect if off
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
             if self.z_mlp is not None:
@@ -825,8 +830,8 @@ class DiffuseVAE(nn.Module):
 
         z: [B, z_dim], from the prior N(0, I) for new images;
         x_T: [B, C, H, W], noise ~ N(0, I), in Formulation 2 as well;
-        draft: to be refined in place of the decoder's. (Only a U-Net that sees z still looks at z,
-        which then should be the draft's code.)
+        draft: to be refined in place of the decoder's. If the U-Net sees z, z has to be the code of
+        this draft; else z is ignored;
         guidance: the weight w >= 0, for models with cond_drop; above 0 a step makes two calls.
         `draw_noise` and the other keywords, such as steps=50, are those of `Diffusion.sample`.
         Drafts and images are [B, C, H, W] in [0, 1]. To be called in eval mode, without dropout.
