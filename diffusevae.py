@@ -88,14 +88,14 @@ from torchvision.transforms.functional import gaussian_blur, pil_to_tensor, to_p
 #     log p(x_0, y) >= E_q(z|x_0)[ log p(y|z) ] - KL( q(z|x_0) || p(z) )
 #         + E_q(z|x_0) E_q(x_1:T|x_0, x_hat)[ log p(x_0:T|x_hat) - log q(x_1:T|x_0, x_hat) ]
 #
-# (To the model image and y are two variables, also where y is the image itself.)
+# (To the model, image and y are two variables, even where y is the image itself: NOTES 2.1.)
 #
 # Stage 1 trains the VAE on the first line. Stage 2 freezes the VAE and trains the diffusion model
 # on the second line, with other weights for its terms (`ddpm_loss`).
 #
 # Two things are written differently here. The paper's q(z|y, x_0) is q(z|x_0), as y is a function
-# of x_0. And the diffusion model, which the paper conditions on y and z, is conditioned on x_hat:
-# the draft is all that it is shown of the two. (A U-Net may be built to see z, too.)
+# of x_0. And the diffusion model, which the paper conditions on y and z, is conditioned on the
+# draft x_hat, and on z only if its U-Net is built to see z.
 
 
 def reparameterize(mu, logvar, eps):
@@ -387,7 +387,7 @@ def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
     # as those that the network was trained on, whatever eta is.
     #
     # eps is derived anew from x_t and x_0_pred: where x_0_pred was clipped, it is not the network's
-    # any more. (The authors keep the network's; then eta = 1 is not the ancestral step.)
+    # any more. (The authors keep the network's; there eta = 1 is then not the ancestral step.)
     eps = (x_t - alpha_bar**0.5 * x_0_pred) / (1 - alpha_bar) ** 0.5
     _, variance = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     sigma = eta * variance**0.5
@@ -408,7 +408,7 @@ def uniform_times(schedule, steps):
 
 def quadratic_times(schedule, steps):
     """`steps` distinct times of a schedule [T], denser towards 0: the paper's for few steps."""
-    # t_i = (i / (steps - 1))^2 t_start
+    # index t_i = (i / (steps - 1))^2 t_start
     #
     # The grid is dense near 0, where fine detail is decided. The chain starts at t_start, where the
     # factor of x_0 in x_t, sqrt(alpha_bar), has fallen to 0.039: for the linear schedule with
@@ -448,7 +448,8 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #
     #     w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)):
     #
-    # with the small variance 0.6 at t = 2, 0.01 at t = 100, from 0.005 to 0.01 from there on.
+    # with the small variance, w_t is 0.6 at t = 2, 0.01 at t = 100, and then between 0.005 and
+    # 0.01.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
@@ -620,9 +621,9 @@ class UNet(nn.Module):
         self.channels = channels
         self.bfloat16 = False  # whether convolutions and the like use it (section 7 decides)
 
-        # GroupNorm subtracts from each group of channels their mean over all pixels. Many groups of
-        # few channels lose the mean colour of the image: small networks then draw in colours that
-        # drift (NOTES 4). So they have one group. From 128 channels up there are the paper's 32.
+        # GroupNorm subtracts from each group of channels their mean over all pixels. Where groups
+        # have few channels, the mean colour of the image is lost with it: small networks then draw
+        # in colours that drift (NOTES 4). So they have one group, and large ones the paper's 32.
         groups = 32 if channels >= 128 else 1
 
         # What all blocks have in common. Each has its own widths, and its heads if it attends.
@@ -656,9 +657,9 @@ class UNet(nn.Module):
             [new_block(width, width, heads), new_block(width, width, 0)]
         )
 
-        # The way up: the levels in reverse. A level has one block more than on the way down, as it
-        # has so many stored maps: that which came into it, and the outputs of its blocks. Doubling
-        # repeats the pixels, and a convolution smooths them.
+        # The way up: the levels in reverse, with a block for each stored map of a level: for what
+        # came into it, and for the output of each of its blocks. Doubling repeats the pixels, and a
+        # convolution smooths them.
         for level, multiplier in reversed(list(enumerate(multipliers))):
             own_heads = heads if size // 2**level in attention else 0
             for _ in range(blocks + 1):
@@ -675,7 +676,7 @@ class UNet(nn.Module):
 
     def forward(self, x_in, t, z=None):
         # Where the device is fast at bfloat16, autocast computes the products in it.
-        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # of no effect if off
+        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # off: any that it knows
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
             if self.z_mlp is not None:
@@ -783,9 +784,9 @@ class DiffuseVAE(nn.Module):
     def random_inputs(self, shape, generator):
         """Times and noise that `forward` needs for images of a shape (B, C, H, W), by name."""
         # Times are uniform on 0 ... T - 1. DDPM draws them independently. Here the i-th of B images
-        # has its time from the i-th of B equal parts of [0, T): so each batch has small and large
-        # times, on which the loss depends most of all, and batches are alike. (Which image is the
-        # i-th is random, so that all meet all times. The clamp is against rounding to T.)
+        # has its time from the i-th of B equal parts of [0, T): so batches are alike, each with
+        # small and large times, which differ most in their loss. (Which image is the i-th is
+        # random, so that all meet all times. The clamp is against rounding to T.)
         B = shape[0]
         T = len(self.diffusion.schedule)
         t = (torch.arange(B) + torch.rand(B, generator=generator)) * T / B
