@@ -448,8 +448,7 @@ def ddpm_loss(eps_theta, x_0, alpha_bar, t, eps):
     #
     #     w_t = beta_t^2 / (2 variance (1 - beta_t) (1 - alpha_bar_t)):
     #
-    # with the small variance, w_t is 0.6 at t = 2, 0.01 at t = 100, and then between 0.005 and
-    # 0.01.
+    # with the small variance, w_t is 0.6 at t = 2, 0.01 at t = 100, then between 0.005 and 0.01.
     #
     # DDPM sets all w_t to 1. The bound gets worse and the images get better: less of the network is
     # spent on small t, where the noise is too faint to be seen.
