@@ -366,10 +366,10 @@ def ddpm_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, variance='small')
     # right in one of two extremes (NOTES 2.5): the small one if all images were the same, so that
     # x_0 would be known, the large one if they were white noise of variance 1. Our default is
     # small; the authors test CIFAR-10 and CelebA-64 with large.
-    mean, chosen = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
+    mean, step_variance = q_posterior(x_0_pred, x_t, alpha_bar, alpha_bar_prev)
     if variance == 'large' and alpha_bar_prev < 1:
-        chosen = 1 - alpha_bar / alpha_bar_prev
-    return mean + chosen**0.5 * noise
+        step_variance = 1 - alpha_bar / alpha_bar_prev
+    return mean + step_variance**0.5 * noise
 
 
 def ddim_step(x_t, x_0_pred, alpha_bar, alpha_bar_prev, noise, eta=0.0):
@@ -674,8 +674,9 @@ class UNet(nn.Module):
         self.head = zero_init(nn.Conv2d(width, out_channels, 3, padding=1))
 
     def forward(self, x_in, t, z=None):
-        # Where the device is fast at bfloat16, autocast computes the products in it.
-        device_type = x_in.device.type if self.bfloat16 else 'cpu'  # off: any that it knows
+        # Where the device is fast at bfloat16, autocast computes the products in it. (Even one that
+        # is disabled refuses devices that it does not know, such as `meta`; 'cpu' it knows.)
+        device_type = x_in.device.type if self.bfloat16 else 'cpu'
         with torch.autocast(device_type, torch.bfloat16, enabled=self.bfloat16):
             embedding = self.time_mlp(time_embedding(t, self.channels))  # [B, 4 channels]
             if self.z_mlp is not None:
@@ -1220,7 +1221,8 @@ def flag(name):
 
 
 # A preset has the settings of stage 1 and of stage 2, and so says which options each has. What both
-# stages share is the default of its field, below, unless a preset has another.
+# stages share is the default of its field, below, unless a preset has another. (The fields in BOTH
+# have no such default, since the other commands use them, too, with defaults of their own.)
 #
 # Our own preset, for minutes on a CPU. Small networks bear a much larger learning rate than the
 # paper's, if it falls to 0 from the end of a short warm-up on (NOTES 4).
@@ -1334,7 +1336,7 @@ class TrainingOptions(Options):
     stage: int = option('1 trains the VAE, 2 the diffusion model', choices=(1, 2))
     preset: str = option("small is ours, the others are the paper's", choices=PRESETS)
     size: int = option('height and width of the images', low=16, high=4096, default=32)
-    flip: bool = option('mirror a random half of each batch', default=False)  # it may hold text
+    flip: bool = option('mirror a random half of each batch', default=False)  # may hold text
     z_dim: int = option('numbers in the code z', low=2, high=65536)
     kl_weight: float = option('VAE: weight of the KL', low=0, high=1e9)
     signal: str = option('what the VAE models of an image', choices=SIGNALS)
@@ -1499,7 +1501,7 @@ def load_checkpoint(path):
         return None
     try:
         saved = torch.load(path, map_location='cpu', weights_only=True)
-        TrainingOptions(**saved['settings'])
+        resolve({}, saved['settings'], path)
     except (UserError, OSError, MemoryError):
         raise  # the file may be good
     except Exception as error:  # torch raises nearly anything on a damaged file
@@ -1673,10 +1675,11 @@ def train(typed):
         raise UserError(f'--data {settings.data}: not the images that {path.parent} began with')
     if settings.steps is None:
         settings.steps = math.ceil(settings.epochs * facts['number'] / settings.batch)
-    of = f'of {facts["number"]} images of --data {settings.data}'
-    PROGRESS.show(f'{path}: steps {start} to {settings.steps} on {device}, {of}', end=True)
+    source = f'{facts["number"]} images of --data {settings.data}'
+    PROGRESS.show(f'{path}: steps {start} to {settings.steps} on {device}, {source}', end=True)
 
-    # The model, and its averaged copy, which is what samples are drawn with.
+    # The model, and its averaged copy, which is what samples are drawn with. (A `fused` Adam passes
+    # over all weights at once; not every device has it.)
     model = new_model(settings, stage_1, images, device)
     averaged = copy.deepcopy(model).requires_grad_(False).eval()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -602,6 +602,8 @@ class TestQPosterior:
 # Times of steps, and their alpha_bar and alpha_bar_prev, between neighbours and on coarser grids.
 PAIRS = torch.tensor([(999, 998), (999, 300), (40, 3), (1, 0)])
 STEPS = ALPHA_BAR[PAIRS].tolist()
+# Whole chains: steps, spacing, and how far off a standard deviation may be.
+GRIDS = [(1000, 'uniform', 0.05), (250, 'uniform', 0.12), (250, 'quadratic', 0.12)]
 
 
 @exercise('ddpm_step', points=2)
@@ -627,7 +629,7 @@ class TestDDPMStep:
             assert torch.allclose(step, mean + beta**0.5 * noise)
 
     def test_last_step(self):
-        """The last step (alpha_bar_prev = 1) adds no noise, of no variance: it returns x_0."""
+        """The last step (alpha_bar_prev = 1) adds no noise, whichever the variance: it is x_0."""
         x_t, x_0, noise = randn(3, 50)
         for variance in ('large', 'small'):
             step = dv.ddpm_step(x_t, x_0, ALPHA_BAR[30].item(), 1.0, 1e3 * noise, variance)
@@ -1486,9 +1488,6 @@ def test_formulation_2_sampled_as_in_the_paper_agrees_with_ours():
     assert torch.allclose(refined, (x + 1) / 2, atol=1e-5)
 
 
-GRIDS = [(1000, 'uniform', 0.05), (250, 'uniform', 0.12), (250, 'quadratic', 0.12)]
-
-
 @pytest.mark.parametrize('sampler', dv.SAMPLERS)
 @pytest.mark.parametrize('steps, spacing, tolerance', GRIDS)
 def test_samplers_reproduce_a_known_gaussian(sampler, steps, spacing, tolerance):
@@ -2269,9 +2268,7 @@ def test_a_new_option_does_not_make_old_runs_unreadable(trained, tmp_path, capsy
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14, '--dropout', 0.5) == 2
     assert run('train', '--stage', 2, '--out', tmp_path, '--steps', 14) == 0
     assert run('sample', '--out', tmp_path, '--steps', 1, '--num', 1) == 0
-
-    # One that is unknown here: it is of another program.
-    saved['settings']['later'] = 1
+    saved['settings']['later'] = 1  # is unknown here: of another program
     torch.save(saved, tmp_path / 'stage2-form1.pt')
     assert run('sample', '--out', tmp_path) == 2
     assert 'stage2-form1.pt: no checkpoint of this program' in capsys.readouterr().err
@@ -2500,7 +2497,7 @@ def test_chain_shows_both_processes_and_what_the_samplers_pass_through(trained, 
         assert torch.equal(x_0_pred[0], x_t[0])
 
 
-def test_edit_moves_along_the_difference_of_mean_codes(trained, shown, capsys):
+def test_edit_moves_along_the_difference_of_mean_codes(trained, shown, capsys, monkeypatch):
     """Codes move from -2 to 2 times the mean of circles minus that of all others."""
     command = ['edit', '--out', trained, '--steps', 1, '--num', 5, '--attribute', 'circle']
     assert run(*command) == 0
@@ -2521,7 +2518,9 @@ def test_edit_moves_along_the_difference_of_mean_codes(trained, shown, capsys):
     _, factors = dv.draw_shapes(20_000, dv.make_generator('shapes', True))
     assert torch.equal(circle, factors['kind'] == 1)
     assert torch.equal(images.attributes['x'], factors['x'] > 0.5)
-    assert run(*command[:-1], 'square') == 2 and 'known: wide, ' in capsys.readouterr().err
+    monkeypatch.setattr(dv, 'KINDS', (*dv.KINDS, 'square'))  # of which there is none
+    for wrong in ('square', 'blue'):
+        assert run(*command[:-1], wrong) == 2 and 'known: wide, ' in capsys.readouterr().err
 
 
 def test_robust_damages_more_and_more(trained, monkeypatch, shown):
@@ -2771,6 +2770,7 @@ BAD = [
     (['train', '--stage', 1, '--preset', 'cifar10', '--size', 64], '--size 64'),
     (['train', '--stage', 1, '--preset', 'celebahq128'], '--data'),
     (['train', '--stage', 2], '--stage 1'),
+    (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '0,2'], '(0, 2): must be'),
     (['train', '--stage', 2, '--form', 'uncond', '--multipliers', '1,1,1,1,1,1,1'], '--multip'),
     (['train', '--stage', 2, '--form', 'uncond', '--heads', 5], '--heads'),
     (['train', '--stage', 2, '--form', 'uncond', '--attention', 7], '--attention'),
@@ -2813,7 +2813,8 @@ def test_bad_files_are_one_line_and_exit_code_2(trained, tmp_path, capsys, monke
     path = copied / 'stage2-form1.pt'
     good = path.read_bytes()
     evil = pickle.dumps(partial(Path.touch, tmp_path / 'evil'), protocol=2)
-    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], evil):
+    torch.save({'settings': {}, 'images': {}}, path)
+    for damaged in (b'', b'junk', good[: len(good) // 2], good[:-20], evil, path.read_bytes()):
         path.write_bytes(damaged)
         fails('stage2-form1.pt', 'sample', '--out', copied)
         fails('stage2-form1.pt', 'train', '--stage', 2, '--out', copied)
@@ -3090,8 +3091,7 @@ def count_flops(work):
 
 
 def measure(work):
-    """Seconds of a call, the fastest of five, and its TFLOP/s."""
-    # (The number waits for the device.)
+    """Seconds of a call, the fastest of five, and its TFLOP/s; `item` waits for the device."""
     seconds = min(timeit.repeat(lambda: work().sum().item(), number=1, repeat=5))
     return seconds, count_flops(work) / seconds / 1e12
 
